@@ -315,6 +315,7 @@ def test_hints_have_the_words_of_python():
         ("use mixlm score with --unit piece", "use mixlm score with unit='piece'"),
         ("use --device-map auto", "use device_map='auto'"),
         ("give a folder: --data DIR", "give a folder: data=DIR"),
+        ("for example 0.7,0.3; only", "for example [0.7, 0.3]; only"),
     ],
 )
 def test_options_of_the_command_line_become_keywords(text, expected):

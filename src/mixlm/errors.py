@@ -117,6 +117,7 @@ _FLAG = re.compile(
     r"|(?<!\S)--(?P<name>alpha|engine|method|unit|top-k|dtype|data|draft|device|device-map|graphs|rule|system) "
     r"(?P<value>\w+(?:[.-]\w+)*)(?: \(engine='\w+'[^)]*\))?"
     r"|(?<!\S)--(?P<no>no-)?(?P<switch>ends|observe|router|rule)(?![\w-])"
+    r"|(?<=for example )(?P<list>[\d.]+(?:,[\d.]+)+)"
 )
 
 
@@ -131,6 +132,8 @@ def in_python_words(text: str) -> str:
             return match[0]
         if match["switch"]:
             return f"{match['switch']}=False" if match["no"] else match["switch"]
+        if match["list"]:
+            return f"[{match['list'].replace(',', ', ')}]"
         value = match["value"] if re.fullmatch(r"\d+(\.\d+)?|[A-Z]+", match["value"]) else repr(match["value"])
         return f"{match['name'].replace('-', '_')}={value}"
 

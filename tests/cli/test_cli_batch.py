@@ -56,7 +56,7 @@ def test_a_second_run_writes_nothing_again(run: Run, prompts: Path, tmp_path: Pa
     before = output.read_bytes()
     done = run(*arguments(prompts, output))
     assert done.code == 0
-    assert f"12 of 12 are in {output}" in done.err
+    assert f"12 of 12 are in {output}; nothing is left to generate" in done.err
     assert output.read_bytes() == before
 
 
@@ -135,6 +135,8 @@ def test_other_keys_of_a_line_are_in_its_output(run: Run, tmp_path: Path) -> Non
     assert lines[0]["run"]["engines"] == {"toy:1": "toy", "toy:2": "toy"}
     assert lines[0]["run"]["options"] == {"max_tokens": 12}
     assert set(lines[0]["run"]) == {"mixlm", "engines", "weights", "method", "unit", "options"}
+    path.write_text(path.read_text().replace("a7", "a8"))
+    assert "number 0 is of another request" in run(*arguments(path, output)).err
 
 
 def test_output_may_be_standard_output(run: Run, prompts: Path, tmp_path: Path) -> None:
@@ -191,6 +193,7 @@ def test_a_prompt_that_cannot_be_answered_is_named_and_the_others_are(run: Run, 
         ('{"prompt": "a", "score": 1e999}', "line 2: not valid JSON: Out of range float values"),
         ('{"prompt": "a", "text": "b"}', "line 2: 'text' is a key of the output"),
         ('{"promt": "a"}', "line 2: it needs either"),
+        ('{"text": "a"}', "line 2: it needs either"),
     ],
 )
 def test_a_line_in_a_wrong_form_is_named(run: Run, tmp_path: Path, line: str, reason: str) -> None:

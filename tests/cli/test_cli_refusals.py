@@ -91,6 +91,8 @@ def test_no_standard_input_at_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["generate", *TOYS]) == 2
+    for reading in (["generate", "-"], ["score", "-"], ["fit", "-"], ["inspect", "--text", "-"]):
+        assert main([*reading, *TOYS]) == 2
 
 
 @pytest.mark.parametrize(
@@ -189,6 +191,19 @@ def test_an_interruption(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("generate", "hello", *TOYS, "--seed", "3")
     assert (done.code, done.err) == (130, "mixlm: interrupted\n")
     assert done.out == "".join(token.text for token in seen) + "\n"
+
+
+def test_an_interruption_before_anything_is_imported() -> None:
+    begin = """import sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "mixlm.cli":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from mixlm.__main__ import program
+program()"""
+    done = process("models", program=begin)
+    assert (done.code, done.err) == (130, "mixlm: interrupted\n")
 
 
 def test_control_characters_in_a_message_are_not_obeyed(run: Run) -> None:

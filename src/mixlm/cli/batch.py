@@ -98,7 +98,7 @@ class PromptFile:
             **of_ensemble,
             "options": fixed,
         }
-        keys = [_key({**request, "prompt": _plain(record.prompt), "number": i}) for i, record in enumerate(records)]
+        keys = [_key({**request, **record.as_key(), "number": number}) for number, record in enumerate(records)]
         if self._to_stdout:
             return self._generate(ensemble, records, {"seed": settings.seed, **options}, keys, run, None)
         with exclusive(self.output):
@@ -112,7 +112,8 @@ class PromptFile:
                     "leave --seed out to continue it, or name another file",
                 )
             if log.records:
-                dim(f"{len(log.records)} of {len(records)} are in {self.output}; continuing with the rest")
+                rest = "continuing with the rest" if len(log.records) < len(records) else "nothing is left to generate"
+                dim(f"{len(log.records)} of {len(records)} are in {self.output}; {rest}")
             return self._generate(ensemble, records, {"seed": seed, **options}, keys, run, log)
 
     @property
@@ -167,6 +168,12 @@ class PromptRecord:
     prompt: Prompt
     extra: Mapping[str, Any]
 
+    def as_key(self) -> dict[str, Any]:
+        """Return what a line that is continued must have in common with this one."""
+        prompt = self.prompt
+        plain = prompt if isinstance(prompt, str) else [dict(cast("Any", message)) for message in prompt]
+        return {"prompt": plain, **({"extra": self.extra} if self.extra else {})}
+
 
 # Keys of output lines; an input line may not have them.
 _OUTPUT_KEYS = ("number", "key", "run", "text", "tokens", "seed", "finish_reason", "usage")
@@ -181,6 +188,10 @@ _RUN_OPTIONS = frozenset({*OPTIONS, *_OF_ENSEMBLE, *_OTHER_NAMES})
 def _read_record(name: str, number: int, record: dict[str, Any]) -> PromptRecord:
     """Return what one line says."""
     extra = {key: value for key, value in record.items() if key not in ("prompt", "messages")}
+    if ("prompt" in record) == ("messages" in record):
+        near = did_you_mean(next(iter(extra)), ("prompt", "messages")) if len(extra) == 1 else None
+        error = line_error(name, number, 'it needs either "prompt" or "messages"', _RECORD)
+        raise ConfigError(error.message, near) if near else error
     for key in extra:
         if (option := key.lower().replace("-", "_")) in _RUN_OPTIONS:
             reason = f"{key!r} is an option, and all prompts of a run have the same"
@@ -191,10 +202,6 @@ def _read_record(name: str, number: int, record: dict[str, Any]) -> PromptRecord
                 f"{name}, line {number}: {key!r} is a key of the output, whose lines have those of the input too",
                 "give it another name",
             )
-    if ("prompt" in record) == ("messages" in record):
-        near = did_you_mean(next(iter(extra)), ("prompt", "messages")) if len(extra) == 1 else None
-        error = line_error(name, number, 'it needs either "prompt" or "messages"', _RECORD)
-        raise ConfigError(error.message, near) if near else error
     return PromptRecord(_prompt(name, number, record), extra)
 
 
@@ -214,10 +221,6 @@ def _prompt(name: str, number: int, record: dict[str, Any]) -> Prompt:
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise line_error(name, number, '"messages" is not a list of messages', _RECORD)
     return cast("Prompt", messages)
-
-
-def _plain(prompt: Prompt) -> Any:
-    return prompt if isinstance(prompt, str) else [dict(cast(Any, message)) for message in prompt]
 
 
 def _key(request: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -11,7 +10,7 @@ from typer import Argument
 
 from mixlm.cli.batch import PromptFile
 from mixlm.cli.display import Display, completion_fields, print_json
-from mixlm.cli.inputs import STDIN, decode, input_is_piped, piped_text, read_texts
+from mixlm.cli.inputs import input_is_piped, piped_text, read_texts, stdin_text
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, flag, with_shared
 from mixlm.errors import ConfigError, UsageError
@@ -153,7 +152,7 @@ def _text(prompt: str | None, raw: bool) -> str:
     if prompt is None and not input_is_piped():
         raise UsageError("there is no prompt", f"give one as an argument or on standard input, {_EXAMPLE}")
     if prompt is None or prompt == "-":
-        prompt = decode(STDIN, sys.stdin.buffer.read())
+        prompt = stdin_text()
         if not raw:
             prompt = prompt.removesuffix("\n").removesuffix("\r")
     elif piped := piped_text():

@@ -60,6 +60,18 @@ def piped_text() -> str:
     if not select.select([sys.stdin], [], [], _PATIENCE)[0]:
         # Whoever started this program may have left a pipe open that nobody writes to.
         dim("reading standard input, which is a pipe; to use the prompt alone, add: < /dev/null")
+    return stdin_text()
+
+
+def stdin_text() -> str:
+    """Return all of standard input.
+
+    Raises:
+        UsageError: It is closed.
+        ConfigError: It is not UTF-8.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise UsageError("standard input is closed", "leave it open, or send < /dev/null")
     return decode(STDIN, sys.stdin.buffer.read())
 
 
@@ -98,7 +110,7 @@ def read_texts(files: Sequence[Path], expected: str = "give a text of at least a
         name = STDIN if str(file) == "-" else str(file)
         if name in texts:
             raise UsageError(f"{name} is given twice", "give each text once")
-        texts[name] = decode(name, sys.stdin.buffer.read() if name == STDIN else _bytes(file))
+        texts[name] = stdin_text() if name == STDIN else decode(name, _bytes(file))
         if not texts[name].strip():
             raise ConfigError(f"{name} is empty", expected)
     return texts

@@ -12,7 +12,7 @@ from mixlm.errors import ConfigError
 from mixlm.option_spec import as_float
 from mixlm.types import Candidates, Floats, Ids
 
-_EXAMPLE = "for example 0.7 and 0.3; only their proportions count"
+_EXAMPLE = "for example 0.7,0.3; only their proportions count"
 # Of larger weights the sum may overflow.
 _LARGEST = 1e300
 

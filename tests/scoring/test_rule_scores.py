@@ -9,6 +9,7 @@ import pytest
 from scored_texts import rule_logprob
 from toys import END, OPTIONS, engine, exact_distribution, make_ensemble, toys
 
+from mixlm.core.combinations.union_top_k import UnionTopK
 from mixlm.core.options import GenerationOptions
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble
@@ -54,6 +55,20 @@ def test_in_piece_it_is_the_sum_over_all_spellings(rule):
     for text in ("ab", "ab cb"):
         expected = np.log(spelled(ensemble, text.encode()))
         assert np.isclose(rule_logprob(ensemble, text_passages(ensemble, [text])), expected, atol=1e-5)
+
+
+def test_the_top_k_of_a_union_is_the_rules_own():
+    scores = []
+    for rule, sampling in (("union-top-k", {"top_k": 2}), ("unite", {"top_k": 2}), (UnionTopK(k=2), {})):
+        ensemble = with_rule(toys("token", 2), rule, sampling=sampling)
+        completion = ensemble.generate("ab cab", raw=True, score_prompt=True, max_tokens=0)
+        scores.append(rule_logprob(ensemble, text_passages(ensemble, ["ab cab"])))
+        assert sum(token.logprob for token in completion.prompt) == pytest.approx(scores[-1])
+    assert scores == pytest.approx([scores[0]] * 3)
+    wider = with_rule(toys("token", 2), "union-top-k")
+    assert rule_logprob(wider, text_passages(wider, ["ab cab"])) != pytest.approx(scores[0])
+    with pytest.raises(ConfigError, match="top_k is 0, and rule union-top-k joins"):
+        RuleScorer(with_rule(toys("token", 2), "union-top-k", sampling={"top_k": 0}))
 
 
 def test_in_token_it_is_the_sum_over_the_tokens_and_the_end_counts():

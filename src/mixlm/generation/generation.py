@@ -342,13 +342,13 @@ class Generation(Iterator[Token]):
 
         context, prompt = self._context, (self._prompt.ids, self._prompt.text)
         router = context.scoring_router
-        rule = context.settings.combination
-        if rule is not None and context.settings.rule is not None and context.target is not None:
+        if context.settings.rule is not None and context.target is not None:
             from mixlm.generation.rule_prompt_logprobs import rule_prompt_tokens
 
             assert isinstance(router, FixedRouter)
             taking_part = context.target.rows(router.weights)
-            return (yield from rule_prompt_tokens(rule, taking_part, context.members, context.unit, prompt))
+            scored = context.target.scored
+            return (yield from rule_prompt_tokens(scored, taking_part, context.members, context.unit, prompt))
         return (yield from prompt_tokens(context.members, context.unit, router, prompt))
 
     def _stop_strings(self) -> list[str]:

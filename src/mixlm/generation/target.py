@@ -9,6 +9,7 @@ import numpy as np
 
 from mixlm.core.combinations.base import Aligned, Combination, align, align_logprobs, is_plain
 from mixlm.core.options import GenerationOptions
+from mixlm.core.rule_options import build_rule
 from mixlm.core.sampling import ReportTransform, Transform
 from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError, EngineError, UnsupportedError, did_you_mean
@@ -23,6 +24,7 @@ class RuleTarget:
     Args:
         rule: The rule.
         roles: The member of each of the rule's roles; None for a rule of all members that have weight.
+        scored: The rule that given texts are scored under; the rule by default.
 
     Attributes:
         has_bounds: Whether the rule's bounds hold for what `combine` returns.
@@ -32,8 +34,11 @@ class RuleTarget:
     has_bounds = True
     combines_symbols = True
 
-    def __init__(self, rule: Combination, roles: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, rule: Combination, roles: Sequence[int] | None = None, scored: Combination | None = None
+    ) -> None:
         self.rule = rule
+        self.scored = scored or rule
         self._roles = None if roles is None else tuple(roles)
 
     def members(self, step: DecodeStep) -> list[int]:
@@ -168,7 +173,7 @@ def build_target(
         from mixlm.generation.spellings import StringTarget
 
         return StringTarget(rule)
-    return RuleTarget(rule, assigned)
+    return RuleTarget(rule, assigned, scored_rule(options, sampling))
 
 
 def average_target() -> RuleTarget:
@@ -246,6 +251,23 @@ def assign_roles(rule: Combination, names: Sequence[str], roles: Sequence[str | 
 def mode_sampling(rule: Combination, common: Sampling) -> Sampling:
     """Return what of a rule's sampling its most likely symbol depends on: the k of a union, which is the rule's own."""
     return Sampling(temperature=1.0, top_k=common.top_k if rule.alignment == "spellings" else 0, top_p=1.0, min_p=0.0)
+
+
+def scored_rule(options: GenerationOptions, sampling: Sequence[Mapping[str, Any]]) -> Combination:
+    """Return the rule that texts are scored under: without sampling options, but for the k of a union, its own.
+
+    Args:
+        options: The options of a generation.
+        sampling: Each member's own sampling options.
+
+    Raises:
+        UnsupportedError: It is a union, and members have options of their own.
+    """
+    rule = build_rule(options.rule or "average", options.rule_parameters)
+    if rule.alignment != "spellings":
+        return rule
+    common = _common_sampling(options, rule, sampling)
+    return rule if common is None else rule.with_sampling(mode_sampling(rule, common))
 
 
 def _check_unit(rule: Combination, traits: UnitTraits) -> None:

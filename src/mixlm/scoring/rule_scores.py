@@ -1,4 +1,5 @@
-"""Log-probability of given text under a combination rule, exactly, for members as they are (without sampling options).
+"""Log-probability of given text under a combination rule, exactly, for members as they are: without sampling options,
+but for the top-k of `union-top-k`, which is the rule's own.
 
 In the unit `token` it is the sum of `log C(u | before)` over the text's canonical tokens, one pass a member. In `piece`
 several sequences of symbols spell one text. With `P(b)` the probability that the text begins with its first b bytes and
@@ -20,7 +21,6 @@ import numpy.typing as npt
 
 from mixlm.binding import check_two_prompts
 from mixlm.core.combinations.base import Combination
-from mixlm.core.rule_options import build_rule
 from mixlm.engines.base import respond
 from mixlm.engines.requests import Request, Response
 from mixlm.engines.topk_only import full_distribution_error
@@ -28,7 +28,7 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.dispatch import drive
 from mixlm.generation.rule_prompt_logprobs import GivenText, symbol_probabilities
-from mixlm.generation.target import assign_roles
+from mixlm.generation.target import assign_roles, scored_rule
 from mixlm.routing.base import FixedRouter
 from mixlm.scoring.passages import Before, Passage, bare_passages
 from mixlm.tokenization.segments import encode_exactly
@@ -60,7 +60,8 @@ class RuleScorer:
 
     def __init__(self, ensemble: Ensemble, variants: Sequence[tuple[Combination, Floats]] = ()) -> None:
         options = ensemble.defaults
-        variants = variants or [(build_rule(options.rule or "average", options.rule_parameters), ensemble.weights)]
+        sampling = [member.sampling for member in ensemble.members]
+        variants = variants or [(scored_rule(options, sampling), ensemble.weights)]
         rule = variants[0][0]
         if rule.alignment == "strings" or (options.rule == "unite" and not ensemble.unit.traits.shared_vocabulary):
             raise UnsupportedError(

@@ -12,7 +12,8 @@ function of one's own.
     by "token"     a(u) = 1 where q(u) is at least `strength`
     accept         a function from q, float64 (symbols,), to a, of the same shape
 
-Defined for every unit, for members with options of their own, in the order of the members; weights are not used.
+Defined for every unit, for members with options of their own, in the order of the members; a weight of 0 leaves a
+member out, and others are not used.
 
 Envelope: what the members of the longest prefix 1 … j keep, `Σ_{i ≤ j} (Π_{h < i} (1 − A_h)) a_i q_i` with `A_h = Σ
 a_h q_h`. Each term depends on members up to i alone, and the rest of the mass goes where the next one wants: it is

@@ -19,7 +19,7 @@ import numpy as np
 from mixlm.types import Floats
 from research import figures
 from research.benchmark.page import fill_page, table
-from research.scripts.router_study import CURVE, interval, row_log, shares
+from research.scripts.router_study import CURVE, interval, right_answers, row_log, shares
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,7 +148,7 @@ def answers_part(tasks: Mapping[str, Sequence[Row]]) -> str:
     """Return the table of right answers: a row a way to weigh, a column a task, and one for all of them."""
     about = next(iter(tasks.values()))[0]["about"]
     members, large = about["members"], int(np.argmax(about["sizes"]))
-    right = {task: {row["name"]: np.array(row["correct"], dtype=float) for row in rows} for task, rows in tasks.items()}
+    right = {task: {row["name"]: right_answers(row) for row in rows} for task, rows in tasks.items()}
     names = [name for name in next(iter(right.values())) if all(name in rows for rows in right.values())]
     right["all"] = {name: np.concatenate([rows[name] for rows in right.values()]) for name in names}
     heads, columns = [""], []

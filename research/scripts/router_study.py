@@ -462,18 +462,24 @@ def report_answers(
         block = attempt.block if attempt is not None else 0
         observed = members.observed if attempt is not None and attempt.observes else None
         refreshed = refreshes(check.scores, block) if block else 0.0
-        return {"correct": check.correct(weigh), "forwards": forwards(weigh(check.scores), observed, refreshed)}
+        correct = "".join("01"[right] for right in check.correct(weigh))
+        return {"correct": correct, "forwards": forwards(weigh(check.scores), observed, refreshed)}
 
     out = [rows.get_or_make(name, about, partial(judge, name)) for name in ways]
-    best = max(out[: len(members.names)], key=lambda row: sum(row["correct"]))
+    best = max(out[: len(members.names)], key=lambda row: right_answers(row).sum())
     for row in out:
-        difference = np.array(row["correct"], dtype=float) - np.array(best["correct"], dtype=float)
+        difference = right_answers(row) - right_answers(best)
         low, high = interval(difference, np.ones(len(difference)), arguments.rounds)
         print(
-            f"{task} {row['name']:30} {sum(row['correct'])} of {len(check.right)}  minus {best['name']} "
+            f"{task} {row['name']:30} {right_answers(row).sum():.0f} of {len(check.right)}  minus {best['name']} "
             f"{difference.mean():+.1%} ({low:+.1%} to {high:+.1%})",
             flush=True,
         )
+
+
+def right_answers(row: Mapping[str, Any]) -> Floats:
+    """Return 1 for each question that a row of the study of answers has right, and 0 for the others: (questions,)."""
+    return np.array([*row["correct"]], dtype=float)
 
 
 def study_parser(description: str | None) -> argparse.ArgumentParser:

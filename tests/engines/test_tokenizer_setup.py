@@ -15,7 +15,7 @@ from trained import ALL, trained
 
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup, configured_end_ids
-from mixlm.errors import ModelLoadError, TemplateError
+from mixlm.errors import ModelLoadError, TemplateError, TokenizerError
 from mixlm.tokenization.tokenizer_folder import _read_backend
 from mixlm.tokenization.vocabulary import token_names
 from mixlm.types import Message
@@ -171,6 +171,36 @@ TURNS = {
 }
 
 
+def changed(folder: Path, **parts: object) -> Path:
+    """Change parts of a folder's tokenizer."""
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **parts}))
+    return folder
+
+
+def test_padding_and_truncation_that_training_left_in_the_file_are_not_of_the_text(tmp_path):
+    pad = {"pad_id": 0, "pad_type_id": 0, "pad_token": "<s>", "direction": "Right", "pad_to_multiple_of": None}
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    plain = write(tmp_path / "plain", {"chat_template.jinja": CHATML})
+    padded = changed(
+        write(tmp_path / "padded", {"chat_template.jinja": CHATML}),
+        padding={"strategy": {"Fixed": 90}, **pad},
+        truncation=cut,
+    )
+    texts = [TokenizerSetup.load(str(each), "m").text_interface(EngineSpec("m", "m"), 600) for each in (plain, padded)]
+    expected, actual = (text.prompts.chat([Message("user", "a river")]).tolist() for text in texts)
+    assert actual == expected
+    expected, actual = (text.prompts.raw("the old bridge").tolist() for text in texts)
+    assert actual == expected
+
+
+def test_a_post_processor_that_the_library_panics_over_is_an_error(tmp_path):
+    processor = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<absent>", "type_id": 0}}]}
+    folder = changed(write(tmp_path, {}), post_processor={**processor, "pair": [], "special_tokens": {}})
+    with pytest.raises(TokenizerError, match="the tokenizers library cannot encode ''"):
+        TokenizerSetup.load(str(folder), "m")
+
+
 @pytest.mark.parametrize("name", TURNS)
 def test_what_a_template_writes_around_turns_is_control_whatever_the_file_says(name, tmp_path):
     template, control, text_tokens = TURNS[name]
@@ -243,7 +273,13 @@ def test_ends_of_text_are_those_of_both_configurations(config, generation, ends,
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize(
     "content",
-    ["{", "[1]", b"\xff", *(f'{{"eos_token_id": {value}}}' for value in ('"2"', "[true]", "1.5", "1099511627776"))],
+    [
+        "{",
+        "[1]",
+        b"\xff",
+        '{"a":' * 3000,
+        *(f'{{"eos_token_id": {value}}}' for value in ('"2"', "[true]", "1.5", "1099511627776")),
+    ],
 )
 def test_a_configuration_that_is_broken_is_an_error_that_names_the_file(file, content, tmp_path):
     folder = write(tmp_path, {})

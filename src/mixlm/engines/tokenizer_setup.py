@@ -35,6 +35,7 @@ from mixlm.tokenization.vocabulary import (
     Vocabulary,
     describe,
     detect_family,
+    panics_as_errors,
     token_bytes,
     token_names,
 )
@@ -128,6 +129,9 @@ class TokenizerSetup:
         with_template: Callable[[str], TokenizerSetup],
     ) -> TokenizerSetup:
         backend = tokenizer.backend
+        # As transformers does unless it is asked to: what a training run left in the file is not of the text.
+        backend.no_truncation()
+        backend.no_padding()
         family = detect_family(describe(backend), name)
         control = [*control, *(i for i in ends if looks_like_control(backend.id_to_token(i) or ""))]
         for source_text in (tokenizer.chat_template, template):
@@ -334,7 +338,8 @@ def _without_collections() -> Iterator[None]:
 
 def _begin_ids(tokenizer: FolderTokenizer) -> list[int]:
     """Return the ids that the tokenizer puts in front of a text."""
-    ids: list[int] = tokenizer.backend.encode("", add_special_tokens=True).ids
+    with panics_as_errors("", "look at its post_processor"):
+        ids: list[int] = tokenizer.backend.encode("", add_special_tokens=True).ids
     if ids and ids[-1] == tokenizer.named_id("eos_token") != tokenizer.named_id("bos_token"):
         ids = ids[:-1]
     return ids

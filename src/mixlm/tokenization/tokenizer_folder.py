@@ -175,7 +175,10 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     """Return the content of a JSON file; None where there is none. Raises OSError or ValueError."""
     if not path.is_file():
         return None
-    data = json.loads(path.read_text("utf-8"))
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path.name} is not a JSON object")
     return data

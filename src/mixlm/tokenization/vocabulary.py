@@ -10,7 +10,8 @@ Other tokenizers, such as WordPiece, are refused: a guess would put wrong bytes 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, product
@@ -187,19 +188,25 @@ def encode_text(tokenizer: Any, text: str, *, ids_only: bool = False) -> Any:
     Raises:
         TokenizerError: The library fails.
     """
-    try:
+    # It panics where two added tokens both want the spaces between them, or a normalizer cuts a character.
+    with panics_as_errors(text, "look at its normalizer, and at lstrip and rstrip of its added tokens"):
         if len(text) < _LONG_TEXT:
             return tokenizer.encode(text, add_special_tokens=False)
         # The library holds Python's lock while it encodes one text, and not while it encodes a batch.
         encode = tokenizer.encode_batch_fast if ids_only else tokenizer.encode_batch
         return encode([text], add_special_tokens=False)[0]
+
+
+@contextmanager
+def panics_as_errors(text: str, hint: str) -> Iterator[None]:
+    """Raise TokenizerError where the `tokenizers` library panics, which no `except Exception` would catch."""
+    try:
+        yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        # Two added tokens both want the spaces between them, or a normalizer cuts a character.
         raise TokenizerError(
-            f"the tokenizers library cannot encode {text[:40]!r} with this tokenizer: {error}",
-            "look at its normalizer, and at lstrip and rstrip of its added tokens",
+            f"the tokenizers library cannot encode {text[:40]!r} with this tokenizer: {error}", hint
         ) from error
 
 

@@ -17,6 +17,8 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.loading import load
 from mixlm.server.api_keys import ApiKeys, hash_key
+from mixlm.server.completion_handler import CompletionHandler
+from mixlm.server.protocols.responses import ResponsesFormat
 from mixlm.server.request_schemas import parse_body
 from mixlm.server.responses import ResponseBuilder
 
@@ -156,6 +158,43 @@ def test_a_large_response_is_built_while_others_are_answered(monkeypatch):
         assert server.client.get("/health", timeout=10).json() == {"status": "ok"}
         go_on.set()
         assert len(large.result().json()["choices"][0]["logprobs"]["content"]) == 40
+
+
+@pytest.mark.parametrize("events", ["final_chunks", "last_chunks"])
+def test_large_events_at_the_end_of_a_stream_are_built_while_others_are_answered(monkeypatch, events):
+    entered, go_on = threading.Event(), threading.Event()
+    build = getattr(ResponsesFormat, events)
+
+    def slow(*arguments):
+        entered.set()
+        go_on.wait(20)
+        return build(*arguments)
+
+    monkeypatch.setattr(ResponsesFormat, events, slow)
+    body = {"input": "one", "max_output_tokens": 40, "top_logprobs": 20, "stream": True}
+    body["include"] = ["message.output_text.logprobs"]
+    with running(endless()) as server, ThreadPoolExecutor(1) as pool:
+        large = pool.submit(server.post, "/v1/responses", body)
+        assert entered.wait(20)
+        assert server.client.get("/health", timeout=10).json() == {"status": "ok"}
+        go_on.set()
+        assert large.result().text.count('"response.output_text.delta"') == 40
+
+
+def test_the_event_loop_writes_few_tokens_of_a_stream_in_a_row(monkeypatch):
+    """Each step of the models gives 64 tokens at once."""
+    sent = []
+    send = CompletionHandler._send_chunks
+
+    async def recording(self, send_message, chunks):
+        sent.append(sum(b'"members":["' in chunk for chunk in chunks))
+        await send(self, send_message, chunks)
+
+    monkeypatch.setattr(CompletionHandler, "_send_chunks", recording)
+    with running(endless(), max_batch=64) as server:
+        server.complete(n=64, max_tokens=5, stream=True)
+    assert sum(sent) == 64 * 5
+    assert max(sent) <= 32
 
 
 def test_a_client_that_disconnects_while_its_prompts_are_encoded_frees_its_place(monkeypatch):

@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
 
 from starlette.types import Message, Receive, Scope, Send
 
@@ -30,9 +31,11 @@ from mixlm.server.response_format import ResponseFormat
 from mixlm.server.responses import trace_attributes
 from mixlm.types import Completion
 
+Result = TypeVar("Result")
 # After this many seconds without an event, a comment keeps the connection of a stream open, through proxies too.
 _KEEP_ALIVE_SECONDS = 15.0
 _ENTRY_BYTES = 50  # about what a token, or one of its most likely ones, takes in a response
+_MAX_EVENT_TOKENS = 32  # of a stream, in one step of the event loop
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -126,11 +129,7 @@ class CompletionHandler:
         while not self._is_finished:
             self._process(await self._job.events.get())
         completions = self._in_order
-        entries = sum(len(completion.tokens) + len(completion.prompt) for completion in completions)
-        size = _ENTRY_BYTES * entries * (1 + self._request.top_logprobs)
-        body = await self._preparer.convert(
-            size, lambda: to_json(self._responses.response(completions)), self._record.client
-        )
+        body = await self._build(completions, lambda: to_json(self._responses.response(completions)))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
         await self._send(send, {"type": "http.response.body", "body": body})
@@ -154,23 +153,35 @@ class CompletionHandler:
             self._record.error = api_error.code
             chunks = self._responses.error_chunks(api_error)
         else:
-            chunks = self._responses.last_chunks(self._in_order)
+            completions = self._in_order
+            chunks = await self._build(completions, lambda: self._responses.last_chunks(completions))
         await self._send_chunks(send, chunks)
         await self._send(send, {"type": "http.response.body", "body": b""})
 
+    async def _build(self, completions: Sequence[Completion], build: Callable[[], Result]) -> Result:
+        """Return what a function builds of whole completions; where that is large, beside the event loop."""
+        entries = sum(len(completion.tokens) + len(completion.prompt) for completion in completions)
+        size = _ENTRY_BYTES * entries * (1 + self._request.top_logprobs)
+        return await self._preparer.convert(size, build, self._record.client)
+
     async def _next_chunks(self) -> list[bytes]:
-        """Wait for an event; return the chunks of all events that have arrived by then."""
-        events = self._job.events
+        """Wait for an event; return the chunks of the events that have arrived by then, of many the first ones."""
+        events, tokens = self._job.events, 0
+        chunks: list[bytes] = []
+        await asyncio.sleep(0)  # others have their turn, also where events wait and the client takes all at once
         try:
             async with asyncio.timeout(_KEEP_ALIVE_SECONDS):
-                chunks = self._chunks(await events.get())
+                event = await events.get()
         except TimeoutError:
             return [b": keep-alive\n\n"]
-        while not events.empty():
-            chunks += self._chunks(events.get_nowait())
-        return chunks
+        while True:
+            chunks += await self._chunks(event)
+            tokens += len(event.tokens) if isinstance(event, TokensGenerated) else 0
+            if events.empty() or tokens >= _MAX_EVENT_TOKENS:
+                return chunks
+            event = events.get_nowait()
 
-    def _chunks(self, event: JobEvent) -> list[bytes]:
+    async def _chunks(self, event: JobEvent) -> list[bytes]:
         self._process(event)
         if not isinstance(event, TokensGenerated):
             return []
@@ -178,9 +189,12 @@ class CompletionHandler:
         chunks: list[bytes] = []
         for i, token in enumerate(event.tokens):
             chunks += self._responses.token_chunks(event.index, token, {} if i else event.forwards)
-        if event.completion is not None:
+        completion = event.completion
+        if completion is not None:
             forwards = {} if event.tokens else event.forwards
-            chunks += self._responses.final_chunks(event.index, event.completion, forwards)
+            chunks += await self._build(
+                [completion], lambda: self._responses.final_chunks(event.index, completion, forwards)
+            )
         return chunks
 
     def _process(self, event: JobEvent) -> None:

@@ -221,3 +221,25 @@ def test_code_in_a_folder_runs_where_that_is_allowed(strange):
     engine = HFEngine.from_pretrained(spec, str(strange))
     assert type(engine.model).__name__ == "StrangeModel"
     assert (strange / "ran").exists()
+
+
+def test_rotary_embeddings_that_a_later_position_changes_are_known_or_refused():
+    import torch
+    from transformers import PhimoeConfig, PhimoeForCausalLM
+
+    from mixlm.engines.transformers.position_frequencies import unknown_frequencies
+
+    def model(kind, **more):
+        scaling = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 150, **more}
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+        scales = {"short_mscale": 1.1, "long_mscale": 1.6}
+        with torch.device("cpu"):
+            return PhimoeForCausalLM(
+                PhimoeConfig(**sizes, **heads, max_position_embeddings=512, rope_parameters={**scaling, **scales})
+            )
+
+    longrope = model("longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+    assert unknown_frequencies(longrope, 512) is None
+    assert unknown_frequencies(model("yarn", factor=4.0), 150) is None
+    assert unknown_frequencies(model("yarn", factor=4.0), 512) == "PhimoeRotaryEmbedding"

@@ -17,6 +17,7 @@ from mixlm.engines.tokenizer_setup import first_line
 from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.model_loading import vocabulary_size
+from mixlm.engines.transformers.position_frequencies import unknown_frequencies
 from mixlm.engines.transformers.runner import ForwardPath, ModelRunner
 from mixlm.engines.transformers.session import HFSession
 from mixlm.engines.transformers.varlen import varlen_kernels
@@ -80,6 +81,12 @@ class _LoadTrial:
         """Return a runner on the fastest path that gives what forward passes of whole texts give."""
         config = self._model.config
         whole = ModelRunner(self._loaded, self._name, ForwardPath.WHOLE)
+        if (rotary := unknown_frequencies(self._model, whole.max_length)) is not None:
+            raise UnsupportedError(
+                f"{self._name} ({config.model_type}) gives every position other frequencies when the text gets longer "
+                f"({rotary}), in a way that mixlm does not know",
+                "give its config.json the rope_type with which it was trained",
+            )
         ids = self_test.sample_ids(self._vocab_size, self_test.trial_length(config))
         expected = self._whole_text_logits(whole, ids)
         details: dict[str, str] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -58,6 +59,29 @@ class PositionFrequencies:
         for longest in (0, self.length - 1):
             decorated(module, x, torch.full_like(position_ids[..., :1], longest), *args, **options)
         return inspect.unwrap(decorated)(module, x, position_ids, *args, **options)
+
+
+def unknown_frequencies(model: Any, longest: int) -> str | None:
+    """Return the class of rotary embeddings that a later position changes in a way that is not known here, or None.
+
+    Args:
+        model: The model.
+        longest: How many positions it has.
+    """
+    import torch
+
+    for module in model.modules():
+        if "rotary" not in type(module).__name__.lower() or _rules(module):
+            continue
+        with suppress(Exception):  # it is called otherwise; the trial of a model tells of short texts
+            x = torch.zeros(1, device=model.device)
+            alone, beside = (
+                [part[0, 1] for part in module(x, torch.tensor([positions], device=model.device))]
+                for positions in ([0, 1], [0, 1, longest - 1])
+            )
+            if not all(torch.allclose(*pair, atol=1e-4) for pair in zip(alone, beside, strict=True)):
+                return type(module).__name__
+    return None
 
 
 def _rules(module: Any) -> list[tuple[int, bool]]:

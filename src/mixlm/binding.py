@@ -167,7 +167,7 @@ class Binder:
         if observes is None:
             return
         member = self._members[observes.member]
-        limit, size = member.engine.top_k_limit, member.engine.hidden_size
+        limit, size = member.engine.reported_tokens, member.engine.hidden_size
         about = f"the router observes {member.name}"
         if not self._unit.traits.full_distributions:
             raise UnsupportedError(
@@ -193,7 +193,8 @@ class Binder:
         if limit is not None and observes.top_k > limit:
             raise UnsupportedError(
                 f"{about} by its {observes.top_k} most likely tokens, and its engine reports {limit}",
-                f"set candidates of {member.name} to {observes.top_k} or more, or use --engine hf (engine='hf')",
+                f"let its server return more (--max-logprobs of vLLM), set more candidates of {member.name}, or use "
+                "--engine hf (engine='hf')",
             )
 
     def _check(self, settings: GenerationOptions) -> None:

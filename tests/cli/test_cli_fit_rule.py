@@ -12,6 +12,7 @@ import tomli_w
 from programs import Run
 
 from mixlm.config_file import read_config
+from mixlm.engines.toy import ToyEngine
 from mixlm.routing.deferral import DeferralGate
 
 MEMBERS = ("-m", "toy:1", "-m", "toy:2", "--unit", "token")
@@ -117,6 +118,9 @@ def test_what_a_gate_cannot_be_trained_on_is_refused_before_texts_are_scored(
     done = run("fit", words, *MEMBERS[:4], "--unit", "piece", "--rule", "defer", "--router", "keep.json")
     assert done.code == 2
     assert "is trained on members with one vocabulary" in done.err
+    monkeypatch.setattr(ToyEngine, "top_k_limit", 30)
+    done = run("fit", words, *MEMBERS, "--rule", "defer", "--router", "keep.json")
+    assert "a gate of rule defer needs every token's probability" in done.err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scored_texts import made, speaking
-from toys import make_ensemble
+from toys import ReportingToy, make_ensemble
 
 from mixlm.core.combinations.defer import Defer
 from mixlm.errors import ConfigError, UnsupportedError
@@ -18,11 +18,12 @@ from mixlm.fitting import gate_trainer
 from mixlm.fitting.deferral import DeferralScores, _Deferral, deferral_slopes, train_deferral
 from mixlm.fitting.gate_trainer import gradients
 from mixlm.fitting.gates import untrained
-from mixlm.routing.base import TOP_K
+from mixlm.routing.base import TOP_K, Observes
 from mixlm.routing.deferral import FEATURES, DeferralGate, deferral_features
 from mixlm.routing.gate import Gate
 from mixlm.routing.gate_router import GateInputs
 from mixlm.routing.observation import ObservedStates
+from mixlm.scoring.observed import passage_states
 from mixlm.scoring.rule_scores import RuleScorer, text_passages
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import Scores
@@ -116,6 +117,16 @@ def test_scores_and_the_rule_agree_and_the_file_keeps_the_gate(tmp_path: Path) -
     (tmp_path / "keep.json").write_text('{"kind": "gate"}')
     with pytest.raises(ConfigError, match="is no gate of rule defer: its kind is 'gate'"):
         DeferralGate.load(tmp_path / "keep.json")
+
+
+def test_of_an_engine_that_reports_likely_tokens_alone_their_probability_is_not_known() -> None:
+    reporting = ReportingToy(speaking(1), 10)
+    ids = np.array(reporting.prompts.raw("abc ab cab"))
+    observes = Observes(0, 10)
+    known, unknown = (passage_states(engine.session(), observes, ids, 1, "m0") for engine in (reporting.toy, reporting))
+    np.testing.assert_allclose(unknown.logprobs, known.logprobs, atol=1e-6)
+    assert known.mass is not None
+    assert unknown.mass is None
 
 
 def test_a_is_of_the_likeliest_tokens_in_any_order() -> None:

@@ -259,6 +259,9 @@ def test_what_a_gate_observes_is_checked_against_the_members() -> None:
         choose_inputs(ensemble, ("colour",))
     with pytest.raises(ConfigError, match="no member is observed"):
         choose_inputs(ensemble, ("text",), "m0")
+    ensemble.members[1].engine.weights_bytes = 10  # the other one's is that of a server: not known
+    with pytest.raises(ConfigError, match="the size of m0 is not known"):
+        choose_inputs(ensemble, ("top_k",))
     ensemble.members[0].engine.hidden_size = None
     with pytest.raises(UnsupportedError, match="toy gives no hidden states of m0"):
         choose_inputs(ensemble, ("hidden",), "m0")

@@ -45,3 +45,22 @@ def test_the_state_is_the_ids_behind_each_members_prompt():
     assert state.ids(0).tolist() == [9, 8, 2, 0, 2]
     assert state.ids(1).tolist() == [7, 2, 0, 2]
     assert (state.prompt_length(0), state.prompt_length(1)) == (2, 1)
+
+
+def test_the_last_bytes_are_at_hand_whatever_was_taken_back(monkeypatch):
+    unit = TokenUnit([Vocabulary.of(dict(enumerate([b"a", b"bcd", b"ef"])), 3, [], [])] * 2)
+    state, ids = unit.initial_state([np.array([1, 1]), np.array([2])]), []
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        count = int(rng.integers(0, min(len(ids), 4) + 1))
+        state.rollback(count)
+        ids = ids[: len(ids) - count]
+        for symbol in rng.integers(0, 3, size=3).tolist():
+            state.append(symbol)
+            ids.append(symbol)
+        text = b"".join(map(unit.symbol_bytes, ids))
+        with monkeypatch.context() as spelled:
+            spelled.setattr(TokenUnit, "symbol_bytes", None)  # a router asks at every position: nothing is joined anew
+            assert [state.tail(length) for length in (0, 1, 5, 10_000)] == [
+                text[max(len(text) - length, 0) :] for length in (0, 1, 5, 10_000)
+            ]

@@ -148,7 +148,7 @@ def fit(
     from mixlm.fitting.study import FitPlan, study
 
     inputs = chosen.inputs(ensemble)
-    observing = ensemble.with_weights(ensemble.weights)  # without a router, whose observations would be scored
+    observing = ensemble.with_weights(ensemble.weights.tolist())  # without a router, whose observations would be scored
     if inputs is not None and inputs.observed is not None:
         from mixlm.fitting.gates import untrained
 

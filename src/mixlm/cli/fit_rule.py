@@ -116,6 +116,7 @@ def _fit_gate(
     as_json: bool,
 ) -> int:
     """Train a gate of rule defer on the first part of each text; the second is held out."""
+    from mixlm.engines.topk_only import full_distribution_error
     from mixlm.fitting.deferral import DeferralScores, check_members, compare, train_deferral
     from mixlm.fitting.gates import untrained
     from mixlm.routing.base import TOP_K
@@ -126,7 +127,9 @@ def _fit_gate(
     check_members(len(config.members))
     ensemble = open_ensemble(shared, {})
     check_members(len(ensemble.members), one_vocabulary=ensemble.unit.traits.shared_vocabulary)
-    observed = ensemble.names[0]
+    observed, engine = ensemble.names[0], ensemble.members[0].engine
+    if engine.top_k_limit is not None:
+        raise full_distribution_error(engine, "a gate of rule defer")
     watching = ensemble.with_router(untrained(ensemble.names, GateInputs(("top_k",), observed, TOP_K)))
     train, check = (
         list(

@@ -31,7 +31,7 @@ def report_gain(shared: Shared, text: Path, *, as_json: bool) -> int:
     texts = read_texts([text])
     pairs = prompts_and_answers(texts, ends=None, system=None)
     ensemble = open_ensemble(shared, {})
-    ensemble = ensemble.with_weights(ensemble.weights)  # what a router observes is not scored
+    ensemble = ensemble.with_weights(ensemble.weights.tolist())  # what a router observes is not scored
     from mixlm.inspection.gain import measure_gain
 
     scores = score_texts(ensemble, texts, pairs, model_identities(config, cache=True), ends=None, system=None)

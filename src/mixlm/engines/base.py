@@ -282,6 +282,11 @@ class Engine(ABC):
         return self.top_k_limit is None or self.max_top_k is None or self.max_top_k >= self.vocabulary.size
 
     @property
+    def reported_tokens(self) -> int | None:
+        """How many of the most likely tokens, special ones too, it returns with any request; None for all."""
+        return self.top_k_limit
+
+    @property
     def run_ahead_depth(self) -> int:
         """How many positions behind the requested one it runs ahead (`SampleRequest.run_ahead`); 0 for none."""
         return 0

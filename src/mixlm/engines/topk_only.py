@@ -39,6 +39,11 @@ class TopKOnlyEngine(Engine):
     extra_tokens: int = 16
     max_unlisted: int = 1024
 
+    @property
+    def reported_tokens(self) -> int:
+        """How many of the most likely tokens, special ones too, it returns with any request."""
+        return min(self.top_k_limit + self.extra_tokens, self.max_top_k or self.vocabulary.size)
+
     @cached_property
     def sampleable(self) -> npt.NDArray[np.bool_]:
         """Which ids may be sampled: bool (vocab,)."""

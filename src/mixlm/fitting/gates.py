@@ -36,7 +36,7 @@ def choose_inputs(ensemble: Ensemble, groups: Sequence[str], observe: str | None
         observe: The observed member's name; by default the one with the smallest weights.
 
     Raises:
-        ConfigError: A group is unknown, or the member is not there.
+        ConfigError: A group is unknown, the member is not there, or it is not known which is the smallest.
         UnsupportedError: Its engine gives no hidden states.
     """
     if unknown := [group for group in groups if group not in GROUPS]:
@@ -50,6 +50,11 @@ def choose_inputs(ensemble: Ensemble, groups: Sequence[str], observe: str | None
     if observe is not None and observe not in names:
         raise ConfigError(f"{observe!r} is not a member", f"the members are {', '.join(names)}")
     sizes = [member.engine.weights_bytes for member in ensemble.members]
+    if observe is None and any(sizes) and not all(sizes):
+        raise ConfigError(
+            f"the size of {names[sizes.index(0)]} is not known, and by default the smallest member is observed",
+            "name it: --observe (observe=)",
+        )
     member = names.index(observe) if observe is not None else int(np.argmin(sizes))
     engine, size = ensemble.members[member].engine, 0
     if "hidden" in ordered:

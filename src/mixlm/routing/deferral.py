@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mixlm.core.sampling import largest_indices
 from mixlm.errors import ConfigError
 from mixlm.routing.base import TOP_K
 from mixlm.routing.gate import Array, Gate
@@ -49,7 +50,8 @@ class DeferralGate:
         a = np.zeros(distribution.shape)
         if not count:
             return a
-        likely = np.flatnonzero(distribution >= max(np.partition(distribution, -count)[-count], np.finfo(float).tiny))
+        likely = largest_indices(distribution, count)
+        likely = likely[distribution[likely] >= np.finfo(float).tiny]
         order = likely[np.argsort(-distribution[likely], kind="stable")][:TOP_K]
         logprobs = np.full((1, TOP_K), -np.inf)
         logprobs[0, : len(order)] = np.log(distribution[order])

@@ -16,6 +16,7 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.sampling import largest_indices
 from mixlm.errors import ConfigError
 from mixlm.routing.base import Observation, Observes
 from mixlm.types import Candidates, Floats, HiddenStates, Ids, LogitsRow
@@ -98,8 +99,7 @@ def top_tokens(row: LogitsRow, k: int) -> Candidates:
     if k == 0:  # of a router that looks at the hidden state alone
         return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0))
     values = row.logprobs if isinstance(row, Candidates) else row
-    largest = np.flatnonzero(values >= np.partition(values, -k)[-k]) if 0 < k < values.size else np.arange(values.size)
-    largest = largest[np.isfinite(values[largest])]
+    largest = largest_indices(values, k)
     ids = row.ids[largest] if isinstance(row, Candidates) else largest
     logits = values[largest].astype(np.float64)
     order = np.lexsort((ids, -logits))[:k]
@@ -116,7 +116,7 @@ def top_tokens(row: LogitsRow, k: int) -> Candidates:
 def top_mass(row: LogitsRow, k: int) -> float:
     """Return the probability of the k most likely tokens of a row of logits together."""
     values = row.logprobs if isinstance(row, Candidates) else row
-    largest = np.partition(values, -k)[-k:] if 0 < k < values.size else values
+    largest = np.sort(values[largest_indices(values, k)])[-k:] if k else values
     if isinstance(row, Candidates):  # of log-probabilities
         return float(np.exp(largest).sum())
     top = values.max()

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.engines.base import Engine, Session
+from mixlm.engines.topk_only import TopKOnlySession
 from mixlm.errors import UnsupportedError
 from mixlm.routing.base import Observes
 from mixlm.routing.observation import ObservedStates, top_mass, top_tokens
@@ -84,14 +85,15 @@ def passage_states(
     length = len(ids) - first + end
     tokens = np.empty((length, observes.top_k), dtype=np.int64)
     logprobs = np.empty((length, observes.top_k))
-    mass = np.empty(length)
+    mass = None if isinstance(session, TopKOnlySession) else np.empty(length)  # it takes whole rows of logits
     hidden: list[HiddenStates] = []
     for start in range(0, length, _CHUNK):
         count = min(_CHUNK, length - start)
         rows = session.logits(ids[: first + start + count - 1], last=count)
         for place, row in enumerate(rows, start):
             tokens[place], logprobs[place] = top_tokens(row, observes.top_k)
-            mass[place] = top_mass(row, observes.top_k)
+            if mass is not None:
+                mass[place] = top_mass(row, observes.top_k)
         if observes.hidden and session.hidden_states is not None:
             hidden.append(session.hidden_states[-count:].copy())
     return ObservedStates(name, tokens, logprobs, np.concatenate(hidden) if hidden else None, mass)

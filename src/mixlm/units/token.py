@@ -70,14 +70,19 @@ class TokenState:
         self._unit = unit
         self._prompt_lengths = [prompt.size for prompt in prompts]
         self._buffers = [TokenBuffer(prompt) for prompt in prompts]
+        self._text = bytearray()
 
     def append(self, symbol: int) -> None:
         """Add one shared id."""
+        self._text += self._unit.symbol_bytes(symbol)
         for buffer in self._buffers:
             buffer.replace_tail(0, [symbol])
 
     def rollback(self, count: int) -> None:
         """Remove the last `count` ids."""
+        ids = self._buffers[0].ids
+        removed = sum(len(self._unit.symbol_bytes(int(i))) for i in ids[len(ids) - count :])
+        del self._text[len(self._text) - removed :]
         for buffer in self._buffers:
             buffer.replace_tail(count, [])
 
@@ -91,7 +96,4 @@ class TokenState:
 
     def tail(self, length: int) -> bytes:
         """Return at most the last `length` bytes of the text."""
-        generated = self._buffers[0].ids[self._prompt_lengths[0] :]
-        # Every token has at least one byte, so the last `length` tokens suffice.
-        data = b"".join(self._unit.symbol_bytes(int(i)) for i in generated[max(len(generated) - length, 0) :])
-        return data[max(len(data) - length, 0) :]
+        return bytes(self._text[max(len(self._text) - length, 0) :])

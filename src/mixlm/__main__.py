@@ -33,9 +33,13 @@ def program() -> NoReturn:
     # It has to be the last to run, so the first to be registered.
     if callers in _AS_PROGRAM and atexit._ncallbacks() == 0:
         atexit.register(end)
-    from mixlm.cli import main
+    try:
+        from mixlm.cli import main
 
-    codes.append(main())
+        codes.append(main())
+    except KeyboardInterrupt:  # before `main` could take it
+        print("mixlm: interrupted", file=sys.stderr)
+        codes.append(130)
     sys.exit(codes[0])
 
 

@@ -342,6 +342,14 @@ def test_a_server_and_an_engine_must_fit(model, engine):
         load(EngineSpec(model, "", engine=engine))
 
 
+@pytest.mark.parametrize(
+    "url", ["http://", "https://:80", "http://[::1", "http://a:b", "http://a:99999", "http://a,http:"]
+)
+def test_what_is_no_url_of_a_server_is_refused(url):
+    with pytest.raises(ConfigError, match="is not the URL of a server"):
+        load(EngineSpec(url, ""))
+
+
 def test_a_server_that_is_not_there_is_named():
     with pytest.raises(EngineError, match=r"http://127.0.0.1:9 does not answer"):
         load(EngineSpec("http://127.0.0.1:9", ""))

@@ -117,6 +117,17 @@ def test_a_name_without_owner_is_asked_of_the_hub_too(tmp_path, monkeypatch):
     assert resolve("gpt2").path_or_id == "gpt2"
 
 
+def test_a_file_that_is_no_model_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", asked)
+    (tmp_path / "notes.txt").write_text("a text")
+    with pytest.raises(ModelNotFoundError, match=r"no model 'notes.txt': not a folder, a .gguf file or a known name"):
+        resolve("notes.txt")
+
+
 def test_what_was_tried_is_said(tmp_path, monkeypatch):
     def lost(*_, **__):
         raise ConnectionError("name or service not known")

@@ -54,7 +54,7 @@ class Shared:
         list[str] | None,
         _ensemble(
             "-m --model MODEL",
-            "A member: a name, a folder, a .gguf file or a hub id. Repeatable. Default: the demo pair.",
+            "A member: a name, a folder, a .gguf file, a hub id or a server's URL. Repeatable. Default: the demo pair.",
         ),
     ] = None
     ensemble: Annotated[

@@ -60,8 +60,8 @@ def find_on_hub(spec: str, path: Path, revision: str | None = None) -> tuple[str
     config = try_to_load_from_cache(spec, "config.json", revision=revision)
     if isinstance(config, str) and _holds_weights(snapshot := Path(config).parent):
         return str(snapshot), name, True
-    # What is almost a known name, or `models/lama` next to a folder `models/llama`, is a slip rather than an id.
-    if "/" not in spec and did_you_mean(spec, known_names()):
+    # A file, what is almost a known name, or `models/lama` next to a folder `models/llama`, is a slip rather than an id.
+    if path.is_file() or ("/" not in spec and did_you_mean(spec, known_names())):
         return None
     if path.parent.is_dir() and did_you_mean(path.name, entries(path.parent)):
         return None

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -54,6 +55,8 @@ def load(spec: EngineSpec) -> RemoteEngine:
         raise ConfigError(
             f"{spec.model!r} is no server", "give its URL: http://host:port, with #NAME for one of several"
         )
+    for url in spec.model.split(","):
+        _check_url(url)
     if spec.engine not in ("auto", "remote"):
         raise ConfigError(f"engine is {spec.engine!r}, and {spec.model} is a server", "leave engine out")
     folder = None
@@ -65,6 +68,17 @@ def load(spec: EngineSpec) -> RemoteEngine:
         else:
             folder = path if (path / "tokenizer.json").is_file() else Path(resolve(spec.tokenizer).path_or_id)
     return RemoteEngine(spec, folder)
+
+
+def _check_url(url: str) -> None:
+    """Raise ConfigError for a URL without a host, or with a port that is no number of one."""
+    try:
+        parts = urlsplit(url.strip())
+        complete = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        complete = False
+    if not complete:
+        raise ConfigError(f"{url!r} is not the URL of a server", "give http://host:port, with #NAME for one of several")
 
 
 class RemoteEngine(TopKOnlyEngine):

@@ -60,7 +60,7 @@ def find_on_hub(spec: str, path: Path, revision: str | None = None) -> tuple[str
     config = try_to_load_from_cache(spec, "config.json", revision=revision)
     if isinstance(config, str) and _holds_weights(snapshot := Path(config).parent):
         return str(snapshot), name, True
-    # A file, what is almost a known name, or `models/lama` next to a folder `models/llama`, is a slip rather than an id.
+    # A file, what is almost a known name, or `models/lama` beside a folder `models/llama`, is a slip and no id.
     if path.is_file() or ("/" not in spec and did_you_mean(spec, known_names())):
         return None
     if path.parent.is_dir() and did_you_mean(path.name, entries(path.parent)):

@@ -17,3 +17,11 @@ def test_the_time_of_a_schema_is_that_of_all_vocabularies_and_sources(monkeypatc
         check("{}")
     with pytest.raises(ConfigError, match="takes longer than 2 s"):
         CompileLimits(max_chars=9, timeout=2.0, num_vocabularies=4)("{}")
+
+
+def test_the_start_of_the_process_is_not_the_time_of_a_schema(monkeypatch, tmp_path):
+    slow = tmp_path / "slow.py"
+    worker = str(grammar_check._WORKER)
+    slow.write_text(f"import runpy, time\ntime.sleep(3)\nrunpy.run_path({worker!r}, run_name='__main__')")
+    monkeypatch.setattr(grammar_check, "_WORKER", slow)
+    CompileLimits(max_chars=99, timeout=2.5, num_vocabularies=1)('start: "a"')

@@ -10,7 +10,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from math import ceil
 from pathlib import Path
 
 from mixlm.core.grammar_worker import DONE, STARTED
@@ -18,7 +17,7 @@ from mixlm.errors import ConfigError
 
 _WORKER = Path(__file__).with_name("grammar_worker.py")
 _MEMORY_BYTES = 1 << 30
-_START_SECONDS = 0.5  # of a process, on a busy machine
+_START_SECONDS = 10.0  # of a process, on a busy machine
 # Brackets of a source: whatever nests, or refers to something else, has one. Four times as many fit into the stack.
 _SHALLOW = 200
 _STACK_OVERFLOW = (-signal.SIGSEGV, 0xC00000FD)  # the second on Windows
@@ -53,7 +52,7 @@ class CompileLimits:
         if len(source) > self._max_chars:
             raise ConfigError(f"json_schema has more than {self._max_chars} characters")
         try:
-            seconds = _check(source, memory=_MEMORY_BYTES, timeout=self._remaining + _START_SECONDS)
+            seconds = _check(source, memory=_MEMORY_BYTES, timeout=self._remaining)
         except subprocess.TimeoutExpired:
             raise self._too_slow() from None
         self._remaining -= (1 + self._num_vocabularies) * seconds
@@ -65,13 +64,19 @@ class CompileLimits:
 
 
 def _check(source: str, *, memory: int, timeout: float | None) -> float:
-    """Return how many seconds a grammar takes to compile for one vocabulary. Raises TimeoutExpired and ConfigError."""
+    """Return how many seconds a grammar takes to compile for one vocabulary. Raises TimeoutExpired and ConfigError.
+
+    timeout: without the start of the process, which on a busy machine takes long for the smallest grammar too.
+    """
     # -P: the folder of the worker is no place to import from.
-    command = [sys.executable, "-P", str(_WORKER), str(memory), str(ceil(timeout or 0))]
+    command = [sys.executable, "-P", str(_WORKER), str(memory), str(timeout or 0)]
+    whole = None if timeout is None else timeout + _START_SECONDS
     try:
-        worker = subprocess.run(command, input=source.encode(), capture_output=True, timeout=timeout, check=False)
+        worker = subprocess.run(command, input=source.encode(), capture_output=True, timeout=whole, check=False)
     except (OSError, TypeError) as error:  # there is no such program, or none at all
         raise ConfigError(f"json_schema cannot be checked: {sys.executable!r} does not run: {error}") from None
+    if hasattr(signal, "SIGALRM") and worker.returncode == -signal.SIGALRM:
+        raise subprocess.TimeoutExpired(command, timeout or 0)
     if worker.returncode in _STACK_OVERFLOW:
         raise ConfigError("json_schema is nested too deeply to be compiled", "make it flatter")
     started, _, output = worker.stdout.decode(errors="replace").partition("\n")

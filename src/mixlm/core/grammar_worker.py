@@ -1,11 +1,12 @@
 """Compiles the grammar on stdin and computes its first mask. `grammar_check` runs this file in a process of its own.
 
-It imports nothing of mixlm, so that it starts fast. Arguments: limits of memory (bytes) and processor time (seconds),
-0 for no limit.
+It imports nothing of mixlm, so that it starts fast. Arguments: limits of memory (bytes) and of the time from its first
+line of output on (seconds), 0 for no limit.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -33,14 +34,14 @@ class _Bytes:
 
 def main() -> None:
     """Compile the grammar; the process is killed where that exceeds the limits."""
+    memory, seconds = int(sys.argv[1]), float(sys.argv[2])
     try:
         import resource
-
-        for limit, value in ((resource.RLIMIT_AS, int(sys.argv[1])), (resource.RLIMIT_CPU, int(sys.argv[2]))):
-            if value:
-                resource.setrlimit(limit, (value, value))
     except ImportError:  # there are no such limits on Windows
         pass
+    else:
+        if memory:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     import llguidance
 
     def compile_grammar(source: str) -> float:
@@ -52,6 +53,8 @@ def main() -> None:
         return seconds
 
     print(STARTED, flush=True)
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process; 0 is none
     threading.stack_size(_STACK_BYTES)
     with ThreadPoolExecutor(1) as pool:
         print(DONE, pool.submit(compile_grammar, sys.stdin.buffer.read().decode()).result())

@@ -7,14 +7,15 @@ checks, the options of the command line, the keys of the ensemble file and the H
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from inspect import signature
 from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 
-from mixlm.errors import ConfigError, did_you_mean
+from mixlm.errors import ConfigError, MixlmError, did_you_mean
 
 Panel = Literal["Ensemble", "Sampling", "Generation"]
 _MAX_WHOLE = 2**64 - 1
@@ -149,3 +150,37 @@ def check_options(record: Any, *, skip: Collection[str] = ()) -> None:
                 object.__setattr__(record, entry.name, value.item())
             elif not isinstance(value, int | float) and isinstance(value, Real):
                 object.__setattr__(record, entry.name, float(value))
+
+
+def check_function(function: Any, arguments: Sequence[str], subject: str) -> None:
+    """Check that what a user gave is a function of these positional arguments.
+
+    Args:
+        function: What was given.
+        arguments: The names of the arguments, for the message.
+        subject: What messages call it.
+
+    Raises:
+        ConfigError: It cannot be called, or not with so many arguments.
+    """
+    hint = f"write it as: def f({', '.join(arguments)})"
+    if not callable(function):
+        raise ConfigError(f"{subject} is {function!r}; it must be a function", hint)
+    try:
+        takes = signature(function)
+    except (TypeError, ValueError):  # compiled functions may have none
+        return
+    try:
+        takes.bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(f"{subject} cannot be called with ({', '.join(arguments)}): {error}", hint) from None
+
+
+def call_function(call: Callable[[], Any], subject: str) -> Any:
+    """Return what a user's function returns. Raises ConfigError, which names the `subject`, where it fails."""
+    try:
+        return call()
+    except MixlmError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{subject} failed: {type(error).__name__}: {error}") from error

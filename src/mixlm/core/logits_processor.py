@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.core.callables import call_function, check_function
 from mixlm.errors import ConfigError
+from mixlm.option_spec import call_function, check_function
 from mixlm.types import Ids, Logits, LogitsProcessor
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
-from mixlm.core.callables import call_function, check_function
 from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.option_spec import call_function, check_function
 from mixlm.types import Floats, HiddenStates, Ids, LogitsRow
 from mixlm.units.base import TextView
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixlm.core.callables import check_function
 from mixlm.core.mixing import normalized_weights
 from mixlm.errors import ConfigError
+from mixlm.option_spec import check_function
 from mixlm.routing.base import PromptContext, Route, RouterFunction
 from mixlm.types import Floats
 from mixlm.units.base import TextView

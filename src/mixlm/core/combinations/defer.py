@@ -29,9 +29,9 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from mixlm.core.callables import call_function, check_function
 from mixlm.core.combinations.base import Combination, Unreported, check_number
 from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.option_spec import call_function, check_function
 from mixlm.types import Floats
 
 DeferBy = Literal["top", "entropy", "token"]

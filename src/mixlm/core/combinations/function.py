@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.core.callables import call_function, check_function
 from mixlm.core.combinations.base import Combination, Unreported
 from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.option_spec import call_function, check_function
 from mixlm.types import Floats
 
 RuleFunction = Callable[[Floats, Floats], Floats]

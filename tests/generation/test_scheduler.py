@@ -446,6 +446,32 @@ def test_a_client_does_not_wait_for_the_prompts_of_another(prompt, steps, late):
     assert taken <= steps
 
 
+@pytest.mark.parametrize(
+    "router", [None, lambda prompt, text: np.eye(2)[int(len(text) > 0)]], ids=["weights", "in turn"]
+)
+def test_a_client_does_not_wait_for_the_prompts_of_another_on_a_later_member(router):
+    """Both members read its prompt soon, also where the first tokens of all are sampled before the second one does."""
+    ensemble = make_ensemble([engine(seed=1), engine(seed=2)], router=router)
+    scheduler = Scheduler(9, 64)
+
+    def start(text, seed, client):
+        settings = ensemble.settings(raw=True, seed=seed, max_tokens=1000, ignore_end=True)
+        generation = ensemble.context(settings).start(ensemble.encode_prompt(text, settings))
+        scheduler.add(generation, client)
+        return generation
+
+    with patch("mixlm.generation.scheduler.time") as time:
+        time.perf_counter = lambda: 0.0
+        many = [start("abc" * 700, seed, "many") for seed in range(8)]
+        while not all(generation.completion.tokens for generation in many):
+            scheduler.step()
+        single, taken = start("abc" * 200, 0, "single"), 0
+        while len({token.member for token in single.completion.tokens}) < 2:
+            scheduler.step()
+            taken += 1
+    assert taken <= 60
+
+
 def test_chunks_of_several_prompts_grow_as_those_of_one():
     ensemble = make_ensemble([engine(seed=1)])
     clock = 0.0

@@ -73,6 +73,11 @@ def _check(source: str, *, memory: int, timeout: float | None) -> float:
     whole = None if timeout is None else timeout + _START_SECONDS
     try:
         worker = subprocess.run(command, input=source.encode(), capture_output=True, timeout=whole, check=False)
+    except subprocess.TimeoutExpired as error:
+        if STARTED.encode() in (error.stdout or b""):
+            raise
+        problem = f"json_schema cannot be checked: its compiler did not start in {_START_SECONDS:g} s"
+        raise ConfigError(problem, "the machine is busy: try again") from None
     except (OSError, TypeError) as error:  # there is no such program, or none at all
         raise ConfigError(f"json_schema cannot be checked: {sys.executable!r} does not run: {error}") from None
     if hasattr(signal, "SIGALRM") and worker.returncode == -signal.SIGALRM:

@@ -54,6 +54,7 @@ def main() -> None:
 
     print(STARTED, flush=True)
     if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whoever started it may ignore the signal
         signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process; 0 is none
     threading.stack_size(_STACK_BYTES)
     with ThreadPoolExecutor(1) as pool:

@@ -347,7 +347,7 @@ class Scheduler:
             batch, queue.requests = self._split(queue)
             self._last_chunked[device] = queue if batch.chunk else None
             for queued in batch.requests:
-                if queued.waiting.generation in self._new:
+                if queued.rest is not None or _is_prefill(queued) or queued.waiting.generation in self._new:
                     self._last_prefills[self._client(queued)] = self._calls
             self._calls += 1
             self._call(queue, batch)
@@ -358,7 +358,7 @@ class Scheduler:
         if self._calls - oldest.since >= _MAX_SKIPPED_CALLS:
             return oldest
         latest = max(self._last_prefills.values(), default=-1)
-        new = [(self._turn(queued)[0], queue) for queue in queues for queued in queue.requests if self._is_new(queued)]
+        new = [(self._turn(queued), queue) for queue in queues for queued in queue.requests if self._is_new(queued)]
         turn, queue = min(new, key=lambda item: item[0], default=(latest, oldest))
         if turn < latest:
             return queue
@@ -369,9 +369,9 @@ class Scheduler:
     def _is_new(self, queued: _QueuedRequest) -> bool:
         return queued.chunked == 0 and queued.waiting.generation in self._new
 
-    def _turn(self, queued: _QueuedRequest) -> tuple[int, bool]:
-        """Return the order of a prefill: the client that had none for longest goes first, with a new prompt."""
-        return self._last_prefills.get(self._client(queued), -1), queued.chunked > 0
+    def _turn(self, queued: _QueuedRequest) -> int:
+        """Return the order of a prefill: the client that had none for longest goes first."""
+        return self._last_prefills.get(self._client(queued), -1)
 
     def _client(self, queued: _QueuedRequest) -> str:
         return self._clients.get(queued.waiting.generation, "")  # one that has failed may have requests left

@@ -144,6 +144,8 @@ class CompletionHandler:
                 if self._is_finished:
                     break
                 chunks = await self._next_chunks()
+            completions = self._in_order
+            chunks = await self._build(completions, lambda: self._responses.last_chunks(completions))
         except ClientGoneError:
             raise
         except Exception as error:
@@ -152,9 +154,6 @@ class CompletionHandler:
             self._metrics.count_error(api_error.status, api_error.code)
             self._record.error = api_error.code
             chunks = self._responses.error_chunks(api_error)
-        else:
-            completions = self._in_order
-            chunks = await self._build(completions, lambda: self._responses.last_chunks(completions))
         await self._send_chunks(send, chunks)
         await self._send(send, {"type": "http.response.body", "body": b""})
 

@@ -84,7 +84,7 @@ class HFEngine(Engine):
             TokenizerError: its tokens cannot be mapped to bytes.
             MemoryLimitError: the device has too little memory.
         """
-        from mixlm.engines.transformers.linear_layers import speed_up_linear_layers
+        from mixlm.engines.transformers.few_rows import speed_up_linear_layers
 
         trusted = spec.trust_remote_code
         tokenizer = TokenizerSetup.load(source, spec.name, memory_errors, trust_remote_code=trusted)
@@ -94,8 +94,6 @@ class HFEngine(Engine):
         loaded = LoadedModel(model, notes)
         if spec.adapter is not None:
             loaded.add(spec.adapter, spec.name)
-        else:
-            loaded.pack()
         runner = load_runner(loaded, spec.name, spec.graphs, spec.prefix_cache << 20).with_adapter(spec.adapter)
         return cls._from_parts(spec, tokenizer, runner)
 
@@ -111,7 +109,7 @@ class HFEngine(Engine):
             ModelLoadError: the model cannot run.
             TokenizerError: the tokenizer's tokens cannot be mapped to bytes.
         """
-        from mixlm.engines.transformers.linear_layers import speed_up_linear_layers
+        from mixlm.engines.transformers.few_rows import speed_up_linear_layers
 
         shared = share_weights(model, spec.name)
         speed_up_linear_layers(shared)

@@ -32,7 +32,6 @@ class LoadedModel:
         self.size = count_bytes(model.parameters())
         self.runners: dict[str | None, ModelRunner] = {}
         self.adapters: Adapters | None = None
-        self._copies: int | None = None  # bytes of weights that are there twice; None where they are not reordered
         # Engines of one model may run in two threads: while one runs, the adapter must not change.
         self.lock = threading.RLock()
 
@@ -49,13 +48,6 @@ class LoadedModel:
         from mixlm.engines.transformers.hidden_states import HiddenStateHook
 
         return HiddenStateHook(self.model)
-
-    def pack(self) -> None:
-        """Reorder the weights for a CPU where that makes it faster; until the first adapter, which needs them plain."""
-        from mixlm.engines.transformers.linear_layers import pack_linear_layers
-
-        self._copies = pack_linear_layers(self.model)
-        self.size += self._copies
 
     def weight_parts(self, adapter: str | None) -> dict[Hashable, int]:
         """Return the bytes of the model, and of an adapter, by identifying keys."""
@@ -86,12 +78,8 @@ class LoadedModel:
         """
         check_peft(adapter)
         from mixlm.engines.transformers.adapters import Adapters
-        from mixlm.engines.transformers.linear_layers import unpack_linear_layers
 
         with self.lock:
-            if self._copies is not None:
-                unpack_linear_layers(self.model)
-                self.size, self._copies = self.size - self._copies, None
             self.adapters = self.adapters or Adapters(self.model, self._attention)
             self.adapters.add(adapter, name)
 

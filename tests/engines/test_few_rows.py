@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixlm.engines.transformers import linear_layers
-from mixlm.engines.transformers.linear_layers import FewRowsLinear, speed_up_linear_layers
+from mixlm.engines.transformers import few_rows
+from mixlm.engines.transformers.few_rows import FewRowsLinear, speed_up_linear_layers
 
 
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> torch.nn.ModuleDict:
-    monkeypatch.setattr(linear_layers, "transposed_is_faster", lambda: True)
-    monkeypatch.setattr(linear_layers, "_LEAST_WEIGHTS", 100)
+    monkeypatch.setattr(few_rows, "transposed_is_faster", lambda: True)
+    monkeypatch.setattr(few_rows, "_LEAST_WEIGHTS", 100)
     torch.manual_seed(0)
     return torch.nn.ModuleDict(
         {
@@ -32,7 +32,7 @@ def test_the_product_is_the_same(
     layers: torch.nn.ModuleDict, shape: tuple[int, ...], onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if onednn:
-        monkeypatch.setattr(linear_layers, "_LEAST_WEIGHTS_ONEDNN", 100)
+        monkeypatch.setattr(few_rows, "_LEAST_WEIGHTS_ONEDNN", 100)
     x = torch.randn(shape)
     for name in ("large", "without_bias"):
         expected = layers[name](x)
@@ -45,7 +45,7 @@ def test_the_product_is_the_same(
 
 
 def test_gradients_are_those_of_a_plain_layer(layers: torch.nn.ModuleDict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_layers, "_LEAST_WEIGHTS_ONEDNN", 100)
+    monkeypatch.setattr(few_rows, "_LEAST_WEIGHTS_ONEDNN", 100)
     x = torch.randn(1, 12, requires_grad=True)
     (expected,) = torch.autograd.grad(layers["large"](x).sum(), x)
     speed_up_linear_layers(layers)
@@ -55,6 +55,9 @@ def test_gradients_are_those_of_a_plain_layer(layers: torch.nn.ModuleDict, monke
 
 def test_other_layers_stay_as_they_are(layers: torch.nn.ModuleDict) -> None:
     layers["hooked"].forward = lambda x: x
+    quantised = layers["large"].weight.detach().as_subclass(type("Quantised", (torch.Tensor,), {}))
+    layers["quantised"] = torch.nn.Linear(12, 10)
+    layers["quantised"].weight = torch.nn.Parameter(quantised)
     speed_up_linear_layers(layers)
     assert {name for name, layer in layers.items() if type(layer) is FewRowsLinear} == {"large", "without_bias"}
 
@@ -62,6 +65,6 @@ def test_other_layers_stay_as_they_are(layers: torch.nn.ModuleDict) -> None:
 def test_no_layer_is_changed_where_nothing_is_gained(
     layers: torch.nn.ModuleDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_layers, "transposed_is_faster", lambda: False)
+    monkeypatch.setattr(few_rows, "transposed_is_faster", lambda: False)
     speed_up_linear_layers(layers)
     assert not any(type(layer) is FewRowsLinear for layer in layers.values())

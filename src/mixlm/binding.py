@@ -193,7 +193,7 @@ class Binder:
         if limit is not None and observes.top_k > limit:
             raise UnsupportedError(
                 f"{about} by its {observes.top_k} most likely tokens, and its engine reports {limit}",
-                f"let its server return more (--max-logprobs of vLLM), set more candidates of {member.name}, or use "
+                f"let its server return more (max_logprobs of vLLM), set more candidates of {member.name}, or use "
                 "--engine hf (engine='hf')",
             )
 

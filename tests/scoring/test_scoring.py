@@ -126,7 +126,6 @@ def test_passages_end_at_lines_or_words_where_they_can() -> None:
 
 
 def test_every_passage_begins_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixlm.scoring.score.PASSAGE_BYTES", 8)
     monkeypatch.setattr("mixlm.scoring.score.split_passages.__defaults__", (8,))
     toy = toys("token", 2)
     scores = score(toy, "ab ba c\nab ba c\n".replace("\n", " "))

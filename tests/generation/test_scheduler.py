@@ -420,18 +420,25 @@ def test_a_member_that_others_wait_for_runs_between_two_chunks_of_another():
     assert not any(a and a == b for a, b in pairwise(chunked))
 
 
-@pytest.mark.parametrize(("prompt", "steps"), [("abc" * 10, 1), ("abc" * 200, 15)], ids=["short", "long"])
-@pytest.mark.parametrize("late", range(4))
-def test_a_client_does_not_wait_for_the_prompts_of_another(prompt, steps, late):
-    """A short prompt is the next to run, and a long one gets every second chunk."""
-    ensemble = make_ensemble([engine(seed=1), engine(seed=2)])
-    scheduler = Scheduler(9, 64)
+def starter(ensemble, scheduler):
+    """Return a function that adds a generation of a text, a seed and a client."""
 
     def start(text, seed, client):
         settings = ensemble.settings(raw=True, seed=seed, max_tokens=1000, ignore_end=True)
         generation = ensemble.context(settings).start(ensemble.encode_prompt(text, settings))
         scheduler.add(generation, client)
         return generation
+
+    return start
+
+
+@pytest.mark.parametrize(("prompt", "steps"), [("abc" * 10, 1), ("abc" * 200, 15)], ids=["short", "long"])
+@pytest.mark.parametrize("late", range(4))
+def test_a_client_does_not_wait_for_the_prompts_of_another(prompt, steps, late):
+    """A short prompt is the next to run, and a long one gets every second chunk."""
+    ensemble = make_ensemble([engine(seed=1), engine(seed=2)])
+    scheduler = Scheduler(9, 64)
+    start = starter(ensemble, scheduler)
 
     with patch("mixlm.generation.scheduler.time") as time:
         time.perf_counter = lambda: 0.0  # chunks are as large as they may be
@@ -453,12 +460,7 @@ def test_a_client_does_not_wait_for_the_prompts_of_another_on_a_later_member(rou
     """Both members read its prompt soon, also where the first tokens of all are sampled before the second one does."""
     ensemble = make_ensemble([engine(seed=1), engine(seed=2)], router=router)
     scheduler = Scheduler(9, 64)
-
-    def start(text, seed, client):
-        settings = ensemble.settings(raw=True, seed=seed, max_tokens=1000, ignore_end=True)
-        generation = ensemble.context(settings).start(ensemble.encode_prompt(text, settings))
-        scheduler.add(generation, client)
-        return generation
+    start = starter(ensemble, scheduler)
 
     with patch("mixlm.generation.scheduler.time") as time:
         time.perf_counter = lambda: 0.0

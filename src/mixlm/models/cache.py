@@ -1,14 +1,17 @@
 """The cache of models on this machine.
 
 The cache is `$MIXLM_CACHE`, else `$XDG_CACHE_HOME/mixlm`, else `~/.cache/mixlm`. A model is a Hugging Face folder in
-`models/<name>/` with an additional `mixlm.json`. A rename puts it there once it is complete (`install`).
+`models/<name>/` with an additional `mixlm.json`. A rename puts it there once it is complete (`install`). What was
+computed of large files elsewhere is kept in indexes, by their path, size and time of change (`remembered`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from operator import index
@@ -56,6 +59,11 @@ def cache_root() -> Path:
     if parent := os.environ.get("XDG_CACHE_HOME"):
         return Path(parent).expanduser().absolute() / "mixlm"
     return Path.home() / ".cache" / "mixlm"
+
+
+def file_name(path: Path) -> str:
+    """Return a name for the folder of what is made from a file."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
 
 
 def model_folder(name: str) -> Path:
@@ -121,6 +129,34 @@ def installed() -> list[InstalledModel]:
         with suppress(ModelLoadError):
             models.append(find(name))
     return [model for model in models if model is not None]
+
+
+def remembered(path: Path, index: str, compute: Callable[[], Any]) -> Any:
+    """Return what `compute` returns, from an index if the file has not changed since.
+
+    Args:
+        path: The file.
+        index: Name of the index, a JSON file in the cache.
+        compute: Computes what JSON can hold of the file.
+
+    Raises:
+        OSError: There is no such file.
+    """
+    index_file = cache_root() / index
+    stat = path.stat()
+    key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
+    try:
+        entries = dict(json.loads(index_file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        entries = {}
+    if key not in entries:
+        entries[key] = compute()
+        # The index is only a cache; that it cannot be written is reported later.
+        with suppress(OSError):
+            entries = {entry: value for entry, value in entries.items() if os.path.exists(entry.rsplit("|", 2)[0])}
+            index_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(index_file, entries)
+    return entries[key]
 
 
 def write_json(path: Path, value: Any) -> None:

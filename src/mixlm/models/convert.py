@@ -19,16 +19,17 @@ from mixlm.models.cache import (
     GGUF_FILE,
     TOKENIZER_VERSION,
     ModelMetadata,
+    file_name,
     read_info,
+    remembered,
     write_info,
 )
-from mixlm.models.file_index import remembered
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import GgufHeader, read_header, read_metadata
 from mixlm.models.install import BuildFolders, install, locked
 from mixlm.terminal import ProgressDisplay, Stage
 
-DTYPES = ("bfloat16", "float16", "float32")
+CONVERTED_DTYPES = ("bfloat16", "float16", "float32")
 _CHUNK = 1 << 20
 
 
@@ -81,17 +82,16 @@ def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | No
     require_libraries()
     read_header(path)
     sha256 = checksum(path, display)
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
 
     def build(folders: BuildFolders) -> ModelMetadata:
         with display.stage(f"{path.name}: converting, once", unit="items") as stage:
             header = convert_gguf(path, folders.target, dtype, stage)
         return model_info(header, source=str(path), sha256=sha256, dtype=dtype)
 
-    return with_tokenizer(install(f"{stem}-{sha256[:12]}-{dtype}", build, display).path, path)
+    return ensure_tokenizer(install(f"{file_name(path)}-{sha256[:12]}-{dtype}", build, display).path, path)
 
 
-def with_weights(folder: Path, display: ProgressDisplay | None = None) -> Path:
+def ensure_weights(folder: Path, display: ProgressDisplay | None = None) -> Path:
     """Return a model's folder in the cache with weights that transformers can load.
 
     A model is fetched as a GGUF file; its weights are converted when an engine first needs them.
@@ -102,21 +102,15 @@ def with_weights(folder: Path, display: ProgressDisplay | None = None) -> Path:
     if (folder / "config.json").is_file() or not (folder / GGUF_FILE).is_file():
         return folder
     display = display or ProgressDisplay()
-    require_libraries()
     with locked(folder.name, display):
         if (folder / "config.json").is_file():
             return folder
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
-            with display.stage(f"{folder.name}: converting, once", unit="items") as stage:
-                convert_gguf(folder / GGUF_FILE, Path(scratch), "bfloat16", stage)
-            # config.json comes last: it marks the folder as complete.
-            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):
-                file.chmod(0o644)
-                file.replace(folder / file.name)
+        with _added_to(folder) as files, display.stage(f"{folder.name}: converting, once", unit="items") as stage:
+            convert_gguf(folder / GGUF_FILE, files, "bfloat16", stage)
     return folder
 
 
-def with_tokenizer(folder: Path, gguf: Path | None = None) -> Path:
+def ensure_tokenizer(folder: Path, gguf: Path | None = None) -> Path:
     """Return a model's folder in the cache, with its tokenizer converted by this version of mixlm.
 
     Args:
@@ -127,13 +121,20 @@ def with_tokenizer(folder: Path, gguf: Path | None = None) -> Path:
     source = gguf or folder / GGUF_FILE
     if info is None or info.tokenizer == TOKENIZER_VERSION or not source.is_file():
         return folder
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
-        write_tokenizer(read_metadata(source), Path(scratch), source.name)
-        for file in Path(scratch).iterdir():
-            file.chmod(0o644)
-            file.replace(folder / file.name)
+    with _added_to(folder) as files:
+        write_tokenizer(read_metadata(source), files, source.name)
     write_info(folder, replace(info, tokenizer=TOKENIZER_VERSION))
     return folder
+
+
+@contextmanager
+def _added_to(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, whose files then go to another one, config.json last: it marks that one as complete."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
+        yield Path(scratch)
+        for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):
+            file.chmod(0o644)
+            file.replace(folder / file.name)
 
 
 def model_info(
@@ -162,8 +163,8 @@ def require_libraries() -> None:
 
 def check_dtype(dtype: str) -> None:
     """Raise ConfigError for a dtype to which models cannot be converted."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
+    if dtype not in CONVERTED_DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not allowed; allowed: {', '.join(CONVERTED_DTYPES)}")
 
 
 def near_paths(path: Path) -> str | None:

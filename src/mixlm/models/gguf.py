@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixlm.errors import ModelLoadError, ModelNotFoundError
-from mixlm.models.cache import GGUF_FILE, INFO_FILE, cache_root, find, model_folder, read_info, write_info
-from mixlm.models.convert import DTYPES, checksum, model_info, near_paths, with_tokenizer
+from mixlm.errors import ModelNotFoundError
+from mixlm.models.cache import (
+    GGUF_FILE,
+    INFO_FILE,
+    ModelMetadata,
+    cache_root,
+    file_name,
+    find,
+    model_folder,
+    read_info,
+)
+from mixlm.models.convert import CONVERTED_DTYPES, checksum, ensure_tokenizer, model_info, near_paths
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import read_header, read_metadata
+from mixlm.models.install import BuildFolders, build_folder
 from mixlm.terminal import ProgressDisplay
 
 
@@ -56,31 +63,23 @@ def tokenizer_folder(model: GgufModel) -> Path:
         ModelLoadError: The file is broken, or its tokenizer cannot be converted.
     """
     if model.folder is not None:
-        return with_tokenizer(model.folder, model.path)
+        return ensure_tokenizer(model.folder, model.path)
     path, display = model.path, ProgressDisplay()
     if not path.is_file():
         raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
     header = read_header(path)
     sha256 = checksum(path, display)
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
-    name = f"{stem}-{sha256[:12]}"
-    converted = [model_folder(f"{name}-{dtype}") for dtype in DTYPES]
+    name = f"{file_name(path)}-{sha256[:12]}"
+    converted = [model_folder(f"{name}-{dtype}") for dtype in CONVERTED_DTYPES]
     folder = cache_root() / "tokenizers" / name
     for candidate in (*converted, folder):
         if (candidate / INFO_FILE).is_file():
-            return with_tokenizer(candidate, path)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
-    except OSError as error:
-        raise ModelLoadError(f"the cache {cache_root()} cannot be written: {error.strerror or error}") from error
-    try:
+            return ensure_tokenizer(candidate, path)
+
+    def build(folders: BuildFolders) -> ModelMetadata:
         with display.stage(f"{path.name}: reading the tokenizer, once"):
-            write_tokenizer(read_metadata(path), temporary, path.name)
-        write_info(temporary, model_info(header, source=str(path), sha256=sha256, dtype="none"))
-        temporary.chmod(0o755)
-        if not folder.exists():  # another process may have been faster
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            write_tokenizer(read_metadata(path), folders.target, path.name)
+        return model_info(header, source=str(path), sha256=sha256, dtype="none")
+
+    build_folder(folder, build, display)
     return folder

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mixlm.errors import ModelLoadError
-from mixlm.models.file_index import remembered
+from mixlm.models.cache import remembered
 
 _AGAIN = "download or copy the file again"
 _VERSIONS = (2, 3)
@@ -206,4 +206,4 @@ def _rare_block(kind: int) -> tuple[int, int] | None:
     """Return the values in a block and its bytes for any type of tensor; None for one that is not known."""
     from gguf import GGML_QUANT_SIZES
 
-    return {int(each): sizes for each, sizes in GGML_QUANT_SIZES.items()}.get(kind)
+    return {int(known): sizes for known, sizes in GGML_QUANT_SIZES.items()}.get(kind)

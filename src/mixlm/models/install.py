@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixlm.errors import ModelLoadError, ModelNotFoundError, did_you_mean
-from mixlm.models.cache import InstalledModel, ModelMetadata, cache_root, find, installed, model_folder, write_info
+from mixlm.models.cache import (
+    INFO_FILE,
+    InstalledModel,
+    ModelMetadata,
+    cache_root,
+    find,
+    installed,
+    model_folder,
+    read_info,
+    write_info,
+)
 from mixlm.terminal import ProgressDisplay
 
 
@@ -59,20 +69,25 @@ def install(name: str, build: Callable[[BuildFolders], ModelMetadata], display: 
     """
     if model := find(name):
         return model
-    with _report_os_errors(), locked(name, display):
-        if model := find(name):
-            return model
-        folder = model_folder(name)
+    folder = model_folder(name)
+    build_folder(folder, build, display)
+    if model := find(name):
+        return model
+    raise ModelLoadError(f"{folder} has a {INFO_FILE}, and no model", "move that folder elsewhere")
+
+
+def build_folder(folder: Path, build: Callable[[BuildFolders], ModelMetadata], display: ProgressDisplay) -> None:
+    """Build a folder of the cache, unless it is there: see `install`."""
+    with _report_os_errors(), locked(folder.name, display):
+        if read_info(folder) is not None:
+            return
         if folder.exists():
             raise ModelLoadError(f"{folder} is in the way: mixlm did not create it", "move that folder elsewhere")
-        with _workspace(name) as build_folders:
+        with _workspace(folder) as build_folders:
             info = build(build_folders)
             write_info(build_folders.target, info)
             _set_modes(build_folders.target)
             build_folders.target.rename(folder)
-    if model := find(name):
-        return model
-    raise ModelLoadError(f"{folder} was written without a model", "report this as a bug")
 
 
 @contextmanager
@@ -102,15 +117,14 @@ def locked(name: str, display: ProgressDisplay) -> Iterator[None]:
 
 
 @contextmanager
-def _workspace(name: str) -> Iterator[BuildFolders]:
-    """Create the folders of a build on the same disk as the models, so that a rename can finish it."""
-    models = model_folder("")
-    models.mkdir(parents=True, exist_ok=True)
-    prefix = f".{name}.building-"
+def _workspace(folder: Path) -> Iterator[BuildFolders]:
+    """Create the folders of a build on the same disk as the folder that is built, so that a rename can finish it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}.building-"
     # The lock is held, so an earlier build of this name was killed.
-    for folder in models.glob(f"{prefix}*"):
-        shutil.rmtree(folder, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=prefix, dir=models))
+    for left in folder.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         build = BuildFolders(work / "scratch", work / "target")
         build.scratch.mkdir()

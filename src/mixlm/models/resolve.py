@@ -68,9 +68,9 @@ def resolve(spec: str, dtype: str = "bfloat16", revision: str | None = None) -> 
     if installed_model:
         folder = installed_model.path
         if not is_converted(folder):
-            from mixlm.models.convert import with_tokenizer, with_weights
+            from mixlm.models.convert import ensure_tokenizer, ensure_weights
 
-            folder = with_tokenizer(with_weights(folder))
+            folder = ensure_tokenizer(ensure_weights(folder))
         return ResolvedModel(str(folder), installed_model.name, local=True)
     from mixlm.models.hub import find_on_hub, not_found
 

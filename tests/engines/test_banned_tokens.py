@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT
+from mixlm.engines.vllm.sampling_params import BANNED_ARGUMENT
 
 torch = pytest.importorskip("torch")
 PLUGIN = "mixlm.engines.vllm.banned_tokens_plugin"

@@ -26,7 +26,7 @@ from mixlm.engines.base import Engine
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble
-from mixlm.errors import UnsupportedError
+from mixlm.errors import RequestRefusedError, UnsupportedError
 from mixlm.types import TopKFilter
 
 IDS = np.array([70, 71, 72, 73, 74])
@@ -110,6 +110,24 @@ def test_banned_ids_among_the_allowed_ones_are_not_waited_for(engine, monkeypatc
     assert {*candidates.ids.tolist()} == {*order[10:12].tolist()}
     np.testing.assert_allclose(softmax(candidates.logprobs), softmax(row[candidates.ids]), atol=2e-5)
     assert queries == [2]
+
+
+def test_ids_that_count_are_not_asked_for_by_mixlms_own_route_which_takes_none(vllm, folder):  # noqa: F811
+    class Route:
+        async def generate(self, owner: Any, ids: Any, parameters: Any, banned: str = "") -> dict[str, Any]:
+            raise RequestRefusedError("it takes no such parameters")
+
+        def release(self, owner: Any) -> None: ...
+
+        def close(self) -> None: ...
+
+    engine = RemoteEngine(EngineSpec(vllm.url, ""), folder, QUICK)
+    allowed = np.isin(np.arange(engine.vocabulary.size), [65, 66, 67])
+    expected = engine.session().logits_rows(IDS, 1, None, [allowed])
+    engine.replicas[0].server.sessions = Route()
+    np.testing.assert_array_equal(engine.session().logits_rows(IDS, 1, None, [allowed]), expected)
+    with pytest.raises(RequestRefusedError):
+        engine.session().logits(IDS)
 
 
 def whole(engine: RemoteEngine, table: Callable[..., np.ndarray]) -> ToyEngine:

@@ -306,7 +306,7 @@ def test_a_file_that_llama_cpp_cannot_load_is_named(engine, file, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(Path(file).read_bytes().replace(b"llama", b"limma"))
     with pytest.raises(ModelLoadError, match=r"llama.cpp cannot load .*broken.gguf"):
-        LlamaCppEngine.from_file(spec(file), broken, tokenizer_folder(find_gguf(file)))
+        LlamaCppEngine(spec(file), broken, tokenizer_folder(find_gguf(file)))
 
 
 def test_a_tokenizer_of_another_model_is_refused(engine, file, tmp_path):
@@ -315,7 +315,7 @@ def test_a_tokenizer_of_another_model_is_refused(engine, file, tmp_path):
 
     PreTrainedTokenizerFast(tokenizer_object=trained("gpt2")).save_pretrained(tmp_path)
     with pytest.raises(TokenizerError, match=r"tokens, and tiny.gguf has 260"):
-        LlamaCppEngine.from_file(spec(file), Path(file), tmp_path)
+        LlamaCppEngine(spec(file), Path(file), tmp_path)
 
 
 def chosen(model: str, **member: object) -> str:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixlm.engines.vllm.id_ranges import format_ranges, parse_ranges
+from mixlm.engines.vllm.sampling_params import format_ranges, parse_ranges
 
 
 @pytest.mark.slow

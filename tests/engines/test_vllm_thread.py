@@ -57,7 +57,7 @@ class FakeBackend:
         for name, (ids, parameters) in self._waiting.items():
             tokens = [int(ids[-1]) + i for i in range(1, parameters["max_tokens"] + 1)]
             top = dict.fromkeys(range(parameters["logprobs"]), -1.0)
-            outputs.append((name, VllmOutput(tokens, [{**top, token: -1.0} for token in tokens], 0)))
+            outputs.append((name, VllmOutput(tokens, [{**top, token: -1.0} for token in tokens])))
         self._waiting.clear()
         return outputs
 
@@ -200,3 +200,16 @@ def test_an_engine_that_is_freed_stops_its_thread(load, backends):
     thread = load().thread
     assert thread.join(10)
     assert backends[0].is_closed
+
+
+def test_an_engine_on_the_same_weights_keeps_the_thread_and_has_ends_of_its_own(load, backends):
+    template = "{% for message in messages %}{{ message.content }}<turn>{% endfor %}"
+    shared = load().with_spec(EngineSpec("tiny", "other", engine="vllm", template=template))
+    assert shared.thread.alive
+    assert not shared.thread.join(0.1)
+    assert shared.vocabulary.end_ids == {256, 257}
+    assert shared.sampleable[[256, 257]].all()
+    assert shared.with_spec(EngineSpec("tiny", "other", engine="vllm", adapter="x")) is None
+    thread = shared.thread
+    del shared
+    assert thread.join(10)

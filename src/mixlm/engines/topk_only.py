@@ -15,23 +15,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from functools import cached_property
-from typing import NamedTuple
+from copy import copy
+from dataclasses import replace
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.engines.base import Engine, Session
-from mixlm.engines.requests import AllowedIds, Forward, GenerateResponse
+from mixlm.engines.base import Engine, Session, TextInterface
+from mixlm.engines.requests import AllowedIds, Forward
+from mixlm.engines.spec import EngineSpec
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRows, TopKFilter
-from mixlm.units.base import TokenBuffer
 
 
 class TopKOnlyEngine(Engine):
     """An engine that returns its `top_k_limit` most probable tokens that may be sampled.
 
-    extra_tokens: how many more are requested, since special tokens may be among the top ones and are never sampled.
+    sampleable: which ids may be sampled, bool (vocab,). extra_tokens: how many more are requested, since special tokens
+    may be among the top ones and are never sampled.
     max_unlisted: where it `takes_ids`, how many are requested before it is given the ids.
     """
 
@@ -39,17 +41,29 @@ class TopKOnlyEngine(Engine):
     extra_tokens: int = 16
     max_unlisted: int = 1024
 
+    def __init__(self, name: str, text: TextInterface, context_length: int) -> None:
+        super().__init__(name, text, context_length)
+        tokens = self.vocabulary.tokens
+        self.sampleable: npt.NDArray[np.bool_] = np.fromiter(map(bool, tokens), dtype=np.bool_, count=len(tokens))
+        self.sampleable[list(self.vocabulary.end_ids)] = True
+
+    def text_interface(self, spec: EngineSpec) -> TextInterface | None:
+        """Return the prompts and the vocabulary of a spec on this model; None where it has but one set of them."""
+        return None
+
+    def with_spec(self, spec: EngineSpec) -> Self | None:
+        """Return an engine on the same weights with prompts of its own; None for an adapter."""
+        spec = replace(spec, name=spec.name or self.name)
+        if spec.adapter is not None or (text := self.text_interface(spec)) is None:
+            return None
+        shared = copy(self)
+        TopKOnlyEngine.__init__(shared, spec.name, text, self.context_length)
+        return shared
+
     @property
     def reported_tokens(self) -> int:
         """How many of the most likely tokens, special ones too, it returns with any request."""
         return min(self.top_k_limit + self.extra_tokens, self.max_top_k or self.vocabulary.size)
-
-    @cached_property
-    def sampleable(self) -> npt.NDArray[np.bool_]:
-        """Which ids may be sampled: bool (vocab,)."""
-        sampleable = np.fromiter(map(bool, self.vocabulary.tokens), dtype=np.bool_, count=self.vocabulary.size)
-        sampleable[list(self.vocabulary.end_ids)] = True
-        return sampleable
 
     def letter_token(self) -> int:
         """Return the id of a token that is whole characters."""
@@ -90,7 +104,6 @@ class TopKOnlySession(Session):
         self._top_k_engine = engine
         self._top_k_filter: TopKFilter | None = None  # of the request being served, as `_allowed`
         self._allowed: AllowedIds = ()
-        self._context = TokenBuffer(np.zeros(0, dtype=np.int64))
 
     @abstractmethod
     def top_tokens(self, ids: Ids, count: int, among: Ids | None = None) -> Candidates:
@@ -140,14 +153,8 @@ class TopKOnlySession(Session):
         """Return the log-probability of each id from `first` on, of `token_scores`: float64 (len(ids) - first,)."""
         return self.token_scores(ids).logprobs[first - 1 :]
 
-    def record_generation(self, ids: Ids, response: GenerateResponse, seconds: float) -> None:
-        """Record tokens that the engine sampled after `ids`."""
-        super().record_generation(ids, response, seconds)
-        self._context.replace_tail(len(self._context.ids), self._cached.ids)
-
     def truncate(self, length: int) -> int:
-        """Cut the context to its first `length` tokens."""
-        self._context.replace_tail(len(self._context.ids) - length, [])
+        """Return `length`: it keeps nothing but the ids."""
         return length
 
     def forward(self, ids: Ids, last: int) -> Logits:
@@ -164,13 +171,12 @@ class TopKOnlySession(Session):
     def top_k_queries(
         self, ids: Ids, last: int, top_k_filter: TopKFilter | None = None, allowed: AllowedIds = ()
     ) -> TopTokensQueries:
-        """Append `ids` to the context and yield the queries that they need.
+        """Yield the queries that `ids` need behind the ids that are cached.
 
         Returns:
             The logits, float32 (last, vocab), or what the filter keeps of each row.
         """
-        self._context.replace_tail(0, ids)
-        context = self._context.ids
+        context = np.concatenate([self._cached.ids, ids])
         rows = []
         masks = allowed or [None] * last
         for end, mask in zip(range(len(context) - last + 1, len(context) + 1), masks, strict=True):

@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.errors import ConfigError, EngineError, ModelLoadError, ModelNotFoundError, TokenizerError
 from mixlm.models.gguf import find_gguf, tokenizer_folder
-from mixlm.models.header import GgufHeader, known_header
+from mixlm.models.header import known_header
 from mixlm.models.resolve import resolve
 from mixlm.types import Candidates, Ids, Logits
 
@@ -52,25 +52,7 @@ def load(spec: EngineSpec) -> LlamaCppEngine:
         )
     if spec.device not in ("auto", "cpu"):
         raise ConfigError(f"device is {spec.device!r}, and llama.cpp is used on the CPU only", "use --engine hf")
-    return LlamaCppEngine.from_file(replace(spec, name=spec.name or gguf.name), gguf.path, tokenizer_folder(gguf))
-
-
-@dataclass(frozen=True)
-class LoadedGGUF:
-    """A model in llama.cpp, which engines with different prompts share.
-
-    server: llama.cpp's. threads: one for each slot. exact: one token a forward pass. weights_bytes: size of the file.
-    """
-
-    server: Any
-    slots: Slots
-    threads: ThreadPoolExecutor
-    tokenizer: TokenizerSetup
-    header: GgufHeader
-    top_k_limit: int
-    context_length: int
-    exact: bool
-    weights_bytes: int
+    return LlamaCppEngine(replace(spec, name=spec.name or gguf.name), gguf.path, tokenizer_folder(gguf))
 
 
 class LlamaCppEngine(TopKOnlyEngine):
@@ -80,31 +62,20 @@ class LlamaCppEngine(TopKOnlyEngine):
     and is prefilled again at its next request. dtype "float32" runs one token a forward pass, also in prefill: its
     responses depend on the ids alone, to the last bit. Otherwise the kernels for several tokens round differently from
     those for one.
+
+    Args:
+        path: of the GGUF file.
+        folder: of its tokenizer.
+
+    Raises:
+        ModelLoadError: it cannot be loaded.
+        ConfigError: the spec has another dtype or an adapter.
+        TokenizerError: the tokenizer belongs to another model.
     """
 
     takes_ids = True
 
-    def __init__(self, name: str, text: TextInterface, loaded: LoadedGGUF) -> None:
-        super().__init__(name, text, loaded.context_length)
-        self._loaded = loaded
-        self.server = loaded.server
-        self.slots = loaded.slots
-        self.max_sequences = loaded.slots.count
-        self.top_k_limit = loaded.top_k_limit
-        self.weights_bytes = loaded.weights_bytes
-        self.protocol = LlamaCppProtocol(self.letter_token())
-        dtype = "one token at a time" if loaded.exact else "GGUF"
-        self.details = {"engine": "llama.cpp", "device": "cpu", "dtype": dtype}
-
-    @classmethod
-    def from_file(cls, spec: EngineSpec, path: Path, folder: Path) -> LlamaCppEngine:
-        """Load a GGUF file with the tokenizer in `folder`.
-
-        Raises:
-            ModelLoadError: it cannot be loaded.
-            ConfigError: the spec has another dtype or an adapter.
-            TokenizerError: the tokenizer belongs to another model.
-        """
+    def __init__(self, spec: EngineSpec, path: Path, folder: Path) -> None:
         if spec.dtype not in ("auto", "float32"):
             raise ConfigError(
                 f"dtype is {spec.dtype!r}, and llama.cpp runs {spec.name} in the types that the file has",
@@ -112,40 +83,33 @@ class LlamaCppEngine(TopKOnlyEngine):
             )
         if spec.adapter is not None:
             raise ConfigError(f"member {spec.name} has an adapter, and llama.cpp is given none", "use --engine hf")
-        header = known_header(path)
-        tokenizer = TokenizerSetup.load(str(folder), spec.name)
-        if len(tokenizer.tokenizer) > header.tokens:
+        self._header = header = known_header(path)
+        self._tokenizer = TokenizerSetup.load(str(folder), spec.name)
+        size = len(self._tokenizer.tokenizer)
+        if size > header.tokens:
             raise TokenizerError(
-                f"the tokenizer in {folder} has {len(tokenizer.tokenizer)} tokens, and {path.name} has {header.tokens}",
+                f"the tokenizer in {folder} has {size} tokens, and {path.name} has {header.tokens}",
                 "it belongs to another model",
             )
-        text = tokenizer.text_interface(spec, header.tokens, header.ends)
         context_length = spec.context or min(header.context or _MAX_DEFAULT_CONTEXT, _MAX_DEFAULT_CONTEXT)
+        super().__init__(spec.name, self.text_interface(spec), context_length)
         exact = spec.dtype == "float32"
-        loaded = LoadedGGUF(
-            server=_start_server(spec, path, context_length, exact),
-            slots=Slots(spec.slots),
-            threads=ThreadPoolExecutor(spec.slots),
-            tokenizer=tokenizer,
-            header=header,
-            top_k_limit=min(spec.candidates, header.tokens),
-            context_length=context_length,
-            exact=exact,
-            weights_bytes=path.stat().st_size,
-        )
-        engine = cls(spec.name, text, loaded)
+        self.server = _start_server(spec, path, context_length, exact)
+        self.slots = Slots(spec.slots)
+        self.max_sequences = spec.slots
+        self.top_k_limit = min(spec.candidates, header.tokens)
+        self.weights_bytes = path.stat().st_size
+        self.protocol = LlamaCppProtocol(self.letter_token())
+        dtype = "one token at a time" if exact else "GGUF"
+        self.details = {"engine": "llama.cpp", "device": "cpu", "dtype": dtype}
+        self._threads = ThreadPoolExecutor(spec.slots)
         # A request now shows a library with other responses at once. It also makes sure that the server's loop runs: a
         # server that is dropped before that never ends.
-        engine.session().logits(np.flatnonzero(engine.sampleable)[:1])
-        return engine
+        self.session().logits(np.flatnonzero(self.sampleable)[:1])
 
-    def with_spec(self, spec: EngineSpec) -> LlamaCppEngine | None:
-        """Return an engine on the same server and slots, with prompts of its own; None for an adapter."""
-        if spec.adapter is not None:
-            return None
-        name, header = spec.name or self.name, self._loaded.header
-        text = self._loaded.tokenizer.text_interface(replace(spec, name=name), header.tokens, header.ends)
-        return LlamaCppEngine(name, text, self._loaded)
+    def text_interface(self, spec: EngineSpec) -> TextInterface:
+        """Return the prompts and the vocabulary of a spec on this model."""
+        return self._tokenizer.text_interface(spec, self._header.tokens, self._header.ends)
 
     @property
     def batch_key(self) -> int:
@@ -163,7 +127,7 @@ class LlamaCppEngine(TopKOnlyEngine):
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Serve requests of several sequences together: llama.cpp runs the busy slots as one batch."""
-        return respond_in_threads(self._loaded.threads, super().respond, requests)
+        return respond_in_threads(self._threads, super().respond, requests)
 
 
 class LlamaCppSession(TopKOnlySession):

@@ -3,7 +3,7 @@
 It may sample itself, several tokens a request, if what it samples follows the member's distribution and is reported in
 full: it returns token ids and log-probabilities of what it samples from (vLLM's `--logprobs-mode processed_logprobs`),
 takes seeds, and can be kept from sampling control tokens. What is missing is named in the engine's details; then it is
-asked token by token. How llama.cpp's servers sample is in `llamacpp_runs`.
+asked token by token. How llama.cpp's servers sample is in `llamacpp_capabilities`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ import numpy as np
 
 from mixlm.engines.remote.protocols import cached_tokens, generated_tokens, reading
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
-from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, format_ranges
-from mixlm.engines.vllm.sampling_params import samples_identically, sampling_parameters
+from mixlm.engines.vllm.sampling_params import (
+    BANNED_ARGUMENT,
+    banned_ranges,
+    generation_parameters,
+    samples_identically,
+    sampling_parameters,
+)
 from mixlm.errors import EngineError
 from mixlm.types import Ids, Sampling
 
@@ -49,29 +54,20 @@ class ServerCapabilities:
         """Whether it can sample with these options and banned ids."""
         return not self.missing and samples_identically(sampling) and (self.masks or banned.size <= _MAX_BIASES)
 
-    def parameters(self, request: GenerateRequest, length: int, ends: Sequence[int]) -> dict[str, Any]:
-        """Return the sampling parameters of a request, but for what `banned` has.
-
-        Args:
-            length: tokens to generate.
-            ends: ids that end a text.
-        """
-        parameters = {
-            **sampling_parameters(request.sampling, request.seed, length),
-            "stop_token_ids": list(ends),
-            "logprobs": 0,
-        }
+    def parameters(self, request: GenerateRequest, ends: Sequence[int]) -> dict[str, Any]:
+        """Return the parameters of a request, but for what `banned` has. ends: ids that end a text."""
+        parameters = generation_parameters(request, ends)
         if not self.masks and request.banned.size:
             parameters["logit_bias"] = _biases(request.banned.tobytes())
         return parameters
 
     def banned(self, request: GenerateRequest) -> str:
         """Return the ids that may not be sampled, as ranges, where the server masks them; else ""."""
-        return _ranges(request.banned.tobytes()) if self.masks else ""
+        return banned_ranges(request.banned) if self.masks else ""
 
-    def body(self, request: GenerateRequest, length: int, ends: Sequence[int]) -> dict[str, Any]:
+    def body(self, request: GenerateRequest, ends: Sequence[int]) -> dict[str, Any]:
         """Return a request for `/v1/completions`; arguments as for `parameters`."""
-        parameters = self.parameters(request, length, ends)
+        parameters = self.parameters(request, ends)
         body = {"prompt": request.ids.tolist(), **parameters, "return_token_ids": True}
         banned = self.banned(request)
         return {**body, "vllm_xargs": {BANNED_ARGUMENT: banned}} if banned else body
@@ -98,7 +94,7 @@ async def probe_capabilities(complete: Complete, ids: Sequence[int]) -> ServerCa
 
     async def sample(seed: int, banned: Ids = none, masks: bool = False) -> list[int]:
         request = GenerateRequest(0, prompt, _PROBE_LENGTH, Sampling(temperature=2.0, top_k=20), banned, seed)
-        body = ServerCapabilities(masks=masks).body(request, _PROBE_LENGTH, ()) | {"ignore_eos": True}
+        body = ServerCapabilities(masks=masks).body(request, ()) | {"ignore_eos": True}
         return parse_generation((await complete(body))[0], "the server").ids
 
     try:
@@ -136,11 +132,6 @@ async def _bans(sample: Callable[[int, Ids, bool], Awaitable[list[int]]], likely
         return not any([(await sample(seed, likely, masks))[0] in likely for seed in range(1, 5)])
     except EngineError:
         return False
-
-
-@lru_cache(maxsize=64)
-def _ranges(banned: bytes) -> str:
-    return format_ranges(np.frombuffer(banned, dtype=np.int64))
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,14 +43,19 @@ class Endpoint:
     model: str
     vocabulary_size: int
 
-    async def complete(self, body: dict[str, Any], path: str = "/v1/completions") -> tuple[Any, bool]:
+    async def complete(
+        self, body: dict[str, Any], path: str = "/v1/completions", slot: int | None = None
+    ) -> tuple[Any, bool]:
         """Send a request; return the JSON of the response, and whether a connection was made for it.
+
+        slot: of a llama.cpp server, None to leave it to the server.
 
         Raises:
             EngineError: there is no response, or the server fails.
             RequestRefusedError: the server refuses the request.
         """
-        response = await self.client.request("POST", path, {**body, "model": self.model})
+        slot_option = {} if slot is None else {"id_slot": slot}
+        response = await self.client.request("POST", path, {**body, "model": self.model, **slot_option})
         if response.status != 200:
             of_request = 400 <= response.status < 500 and response.status not in _NOT_OF_THE_REQUEST
             refusal = f"{self.client.base_url} refuses ({response.status}): {_error_message(response.value)}"
@@ -70,7 +75,7 @@ class Endpoint:
         """Ask for at least the `count` most likely tokens after `ids`.
 
         Args:
-            slot: of a llama.cpp server, None to leave it to the server.
+            slot: as for `complete`.
             among: the ids that count, None for all; for a server that takes them.
             normalized: whether probabilities in the whole vocabulary are needed.
 
@@ -78,10 +83,9 @@ class Endpoint:
             EngineError: there is no response, or it has no probabilities.
         """
         new_connection = False
-        slot_option = {} if slot is None else {"id_slot": slot}
         bodies = protocol.request_bodies(ids, count, among)
         for body in bodies[-1:] if normalized else bodies:
-            value, is_new = await self.complete({**body, **slot_option}, protocol.path)
+            value, is_new = await self.complete(body, protocol.path, slot)
             new_connection |= is_new
             with reading(self.client.base_url, value):
                 candidates = protocol.parse(value)
@@ -95,33 +99,23 @@ class Endpoint:
         return Candidates(candidates.ids[is_token], candidates.logprobs[is_token])
 
 
+@dataclass(eq=False)
 class ModelIdentity:
     """Whether a server still has the model that it had: the same card, and the same response to a fixed prompt.
 
-    Args:
-        probe_ids: the fixed prompt.
-        slot: of a llama.cpp server, for these requests.
-        fingerprint: probabilities of the most likely tokens after the fixed prompt, by id.
+    probe_ids: the fixed prompt. slot: of a llama.cpp server, for these requests. fingerprint: probabilities of the most
+    likely tokens after the fixed prompt, by id.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        info: ModelInfo,
-        protocol: ServerProtocol,
-        probe_ids: list[int],
-        slot: int | None,
-        fingerprint: dict[int, float],
-    ) -> None:
-        self.endpoint = endpoint
-        self.info = info
-        self.protocol = protocol
-        self.fingerprint = fingerprint
-        self._probe_ids = probe_ids
-        self._slot = slot
-        self._lock = asyncio.Lock()
-        self._checks_started = 0
-        self._last_check = (0, True)  # the last that was completed: its number and its result
+    endpoint: Endpoint
+    info: ModelInfo
+    protocol: ServerProtocol
+    probe_ids: list[int]
+    slot: int | None
+    fingerprint: dict[int, float]
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _checks_started: int = 0
+    _last_check: tuple[int, bool] = (0, True)  # the last that was completed: its number and its result
 
     @classmethod
     async def read(
@@ -142,9 +136,15 @@ class ModelIdentity:
             card = await read_model_card(self.endpoint.client, self.endpoint.model)
             if not self.info.has_card(card):
                 return False
-            return self.matches(await _fingerprint(self.endpoint, self.protocol, self._probe_ids, self._slot))
+            return self.matches(await _fingerprint(self.endpoint, self.protocol, self.probe_ids, self.slot))
         except (ConfigError, UnsupportedError, RequestRefusedError):  # it once answered the same request
             return False
+
+    async def complete(self, body: dict[str, Any], path: str = "/v1/completions", slot: int | None = None) -> Any:
+        """Send a request as `Endpoint.complete` does, and `check` the model. Returns the JSON of the response."""
+        value, new_connection = await self.endpoint.complete(body, path, slot)
+        await self.check(new_connection)
+        return value
 
     async def check(self, new_connection: bool = True) -> None:
         """Check the model if a connection was made anew: another server may have accepted it.

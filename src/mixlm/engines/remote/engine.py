@@ -8,7 +8,6 @@ with another, which prefills the text anew.
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
 import time
 import weakref
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from mixlm.engines.base import Session, TextInterface
+from mixlm.engines.registry import is_remote
 from mixlm.engines.remote.endpoint import CandidatesResponse
 from mixlm.engines.remote.http_client import ApiKey, ClientLimits, EventLoopThread, HttpClient
 from mixlm.engines.remote.model_info import ModelInfo, read_model_info
@@ -32,7 +32,6 @@ from mixlm.engines.requests import (
     Forward,
     GenerateRequest,
     GenerateResponse,
-    LogitsRequest,
     Request,
     Response,
     ScoreRequest,
@@ -51,7 +50,7 @@ _T = TypeVar("_T")
 
 def load(spec: EngineSpec) -> RemoteEngine:
     """Connect to the servers that `spec.model` names by their URLs. Raises ConfigError where it names none."""
-    if not spec.model.startswith(("http://", "https://")):
+    if not is_remote(spec.model):
         raise ConfigError(
             f"{spec.model!r} is no server", "give its URL: http://host:port, with #NAME for one of several"
         )
@@ -128,7 +127,7 @@ class RemoteEngine(TopKOnlyEngine):
         self._tokenizer = TokenizerSetup.load(str(folder), name)
         self._vocab_size = max(len(self._tokenizer.tokenizer), info.vocabulary_size)
         context_length = spec.context or info.context_length()
-        super().__init__(name, self._text_interface(replace(spec, name=name)), context_length)
+        super().__init__(name, self.text_interface(replace(spec, name=name)), context_length)
         ids, first_ids = (self.encoder.encode(text).ids for text in (PROBE_TEXT.encode(), b"A"))
         tokenizer = TokenizerProbe(
             ids, first_ids, self.letter_token(), self.vocabulary.tokens, self.vocabulary.end_ids, str(folder)
@@ -158,14 +157,8 @@ class RemoteEngine(TopKOnlyEngine):
         """Begin a sequence. A server keeps nothing of it but what its prefix cache holds."""
         return RemoteSession(self)
 
-    def with_spec(self, spec: EngineSpec) -> RemoteEngine:
-        """Return an engine on the same servers, with prompts of its own."""
-        spec = replace(spec, name=spec.name or self.name)
-        shared = copy.copy(self)
-        TopKOnlyEngine.__init__(shared, spec.name, self._text_interface(spec), self.context_length)
-        return shared
-
-    def _text_interface(self, spec: EngineSpec) -> TextInterface:
+    def text_interface(self, spec: EngineSpec) -> TextInterface:
+        """Return the prompts and the vocabulary of a spec on this model."""
         return self._tokenizer.text_interface(spec, self._vocab_size)
 
     @property
@@ -254,8 +247,7 @@ class RemoteEngine(TopKOnlyEngine):
                 return await session.generate_async(request)
             if isinstance(request, ScoreRequest):
                 return (await session.token_scores_async(request.ids)).logprobs
-            last = request.last if isinstance(request, LogitsRequest) else 1
-            return await session.logits_rows_async(request.ids, last, request.top_k_filter, request.allowed)
+            return await session.logits_rows_async(request.ids, request.last, request.top_k_filter, request.allowed)
 
 
 class RemoteSession(TopKOnlySession):

@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -186,7 +187,7 @@ class HttpClient:
     ) -> tuple[int, Any, bytes, bool]:
         """Return status, headers and content of the response, and whether a connection was made for it."""
         data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        connection = _ConnectionTrace()
+        connection = SimpleNamespace(is_new=False)
         async with (
             asyncio.timeout(seconds),
             self._capacity,
@@ -201,7 +202,7 @@ class HttpClient:
             ) as response,
         ):
             content = await response.read()
-        return response.status, response.headers, content, connection.is_new
+        return response.status, response.headers, content, bool(connection.is_new)
 
     def _open_session(self, tls: ssl.SSLContext | bool, force_close: bool = False) -> aiohttp.ClientSession:
         trace = aiohttp.TraceConfig()
@@ -218,13 +219,6 @@ class HttpClient:
         return aiohttp.ClientSession(
             connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar(), trace_configs=[trace]
         )
-
-
-@dataclass
-class _ConnectionTrace:
-    """What is traced of a request: whether a connection was made for it."""
-
-    is_new: bool = False
 
 
 async def _note_new_connection(_session: aiohttp.ClientSession, context: Any, _params: Any) -> None:

@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.remote.protocols import LlamaCppProtocol, OpenAIProtocol, ServerProtocol, SGLangProtocol, reading
+from mixlm.engines.remote.protocols import LlamaCppProtocol, ServerProtocol, SGLangProtocol, log_probability, reading
 from mixlm.engines.topk_only import TokenScores
 from mixlm.errors import RequestRefusedError, UnsupportedError
 from mixlm.types import Candidates, Ids
 
 _FORCED = 1000.0  # a bias above any difference of logits
-_FLOAT32_MIN = -1e38
-
 
 Send = Callable[[dict[str, Any]], Awaitable[Any]]
 AllTokens = Callable[[Ids], Awaitable[Candidates]]
@@ -45,15 +43,13 @@ async def score_prompt(protocol: ServerProtocol, ids: Ids, send: Send, all_token
     prompt = ids.tolist()
     if isinstance(protocol, SGLangProtocol):
         attempts = [(_sglang_body(protocol, prompt), _parse_sglang)]
-    elif isinstance(protocol, OpenAIProtocol):
+    else:
         common = {"prompt": prompt, "max_tokens": 1, "temperature": 1.0}
         attempts = [
             ({**common, "prompt_logprobs": 1}, _parse_vllm),
             ({**common, "echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}, _parse_echo),
         ]
-    else:
-        attempts = []
-    reason = "it is asked another way"
+    reason = ""
     for body, parse in attempts:
         try:
             response = await send(body)
@@ -104,7 +100,7 @@ def _parse_sglang(response: Any, ids: list[int]) -> TokenScores:
     rows, tops = meta["input_token_logprobs"], meta["input_top_logprobs"]
     if len(rows) != len(ids) or [row[1] for row in rows] != ids:
         raise ValueError("they are of other tokens")
-    logprobs = [row[0] if row[0] > _FLOAT32_MIN else -math.inf for row in rows[1:]]
+    logprobs = [log_probability(row[0]) for row in rows[1:]]
     is_top = [logprob >= top[0][0] for logprob, top in zip(logprobs, tops[1:], strict=True)]
     return _scores(logprobs, is_top)
 
@@ -138,7 +134,7 @@ def _parse_llamacpp(response: Any, token: int) -> tuple[float, bool] | None:
             return None
         top = entry["top_logprobs"][0]
         logprob = entry["logprob"]
-    return (logprob if logprob > _FLOAT32_MIN else -math.inf), top["id"] == token or logprob >= top["logprob"]
+    return log_probability(logprob), top["id"] == token or logprob >= top["logprob"]
 
 
 def _among_all(candidates: Candidates, token: int) -> tuple[float, bool]:

@@ -1,6 +1,13 @@
 """How servers are asked for the N most likely next tokens, and how their responses are read.
 
-llama.cpp (in this process or over HTTP), servers with vLLM's API, and SGLang each have a protocol of their own.
+llama.cpp (in this process or over HTTP), servers with vLLM's API, and SGLang each have a protocol of their own:
+
+    path            where requests are sent
+    may_be_limited  whether such a server may be set to return fewer of the most likely tokens than there are
+    request_bodies  for the `count` most likely tokens after `ids` (of `among`, where those ids alone count), to be sent
+                    in turn until a response has probabilities; those for the last are in the whole vocabulary
+    parse           the most likely tokens in a response, None where it has no probabilities; TypeError, LookupError or
+                    ValueError for what is no response of such a server
 """
 
 from __future__ import annotations
@@ -8,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,42 +25,9 @@ from mixlm.errors import EngineError
 from mixlm.types import Candidates, Ids
 
 _ID_PREFIX = "token_id:"
-_FLOAT32_MIN = -1e38
 # Added to the logits of ids that count, in float32: so much moves none of them by more than 4e-6, and logits are hardly
 # ever so far apart. Where they are, the ids are not among the top ones, and more are requested.
 _BIAS = 100.0
-
-
-class ServerProtocol(Protocol):
-    """How one kind of server is asked.
-
-    path: where requests are sent. may_be_limited: whether such a server may be set to return fewer of the most likely
-    tokens than there are.
-    """
-
-    name: str
-    path: str
-    may_be_limited: bool
-
-    def request_bodies(self, ids: list[int], count: int, among: Ids | None = None) -> Sequence[dict[str, Any]]:
-        """Return requests to send in turn until the response to one has probabilities.
-
-        Those that the response to the last one has are probabilities in the whole vocabulary.
-
-        Args:
-            ids: the prompt.
-            count: number of most likely next tokens wanted.
-            among: the ids that count, int64; None for all.
-        """
-        ...
-
-    def parse(self, response: Any) -> Candidates | None:
-        """Return the most likely tokens in a response, None where it has no probabilities.
-
-        Raises:
-            TypeError, LookupError, ValueError: this is no response of such a server.
-        """
-        ...
 
 
 class LlamaCppProtocol:
@@ -167,8 +141,10 @@ class SGLangProtocol:
         if positions is None:
             return None
         [top] = positions
-        # A probability that is 0 in float32 comes as the lowest number that there is.
-        return listed_candidates((token, logprob if logprob > _FLOAT32_MIN else -math.inf) for logprob, token, _ in top)
+        return listed_candidates((token, log_probability(logprob)) for logprob, token, _ in top)
+
+
+ServerProtocol = LlamaCppProtocol | OpenAIProtocol | SGLangProtocol
 
 
 def cached_tokens(response: Any) -> int | None:
@@ -207,6 +183,11 @@ def listed_candidates(entries: Iterable[tuple[int, float]]) -> Candidates:
     if ids.size == 0 or np.isnan(logprobs).any() or ids.min() < 0 or len(set(ids)) != ids.size:
         raise ValueError("the tokens returned are not distinct ids with numbers")
     return Candidates(ids, logprobs)
+
+
+def log_probability(reported: float) -> float:
+    """Return a log-probability. That of a probability that is 0 in float32 comes as the lowest number that there is."""
+    return reported if reported > -1e38 else -math.inf
 
 
 def _log(probability: float) -> float:

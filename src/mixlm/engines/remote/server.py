@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from mixlm.engines.llamacpp.slots import Slots
 from mixlm.engines.remote.capabilities import ServerCapabilities, parse_generation, probe_capabilities
 from mixlm.engines.remote.endpoint import CandidatesResponse, Endpoint, ModelIdentity
 from mixlm.engines.remote.http_client import HttpClient
-from mixlm.engines.remote.llamacpp_runs import COMPLETION_PATH, LlamaCppRuns, find_missing
+from mixlm.engines.remote.llamacpp_capabilities import COMPLETION_PATH, LlamaCppCapabilities, find_missing
 from mixlm.engines.remote.model_info import ModelInfo
 from mixlm.engines.remote.prompt_scores import score_prompt
 from mixlm.engines.remote.protocols import LlamaCppProtocol, OpenAIProtocol, ServerProtocol, SGLangProtocol
@@ -53,52 +54,28 @@ class TokenizerProbe:
     folder: str
 
 
-@dataclass(frozen=True)
-class _ProbedProtocol:
-    """The protocol that a server answers to.
-
-    max_logprobs: how many of the most likely tokens it returned when asked for as many as are wanted, or for the most
-    that it returns. limit: the most that it returns, None for all.
-    """
-
-    protocol: ServerProtocol
-    max_logprobs: int
-    limit: int | None
-
-
+@dataclass(eq=False)
 class ModelServer:
     """A model on a server. `ModelServer.probe` makes one.
 
-    max_logprobs: how many of the most likely tokens it returned when it was probed. limit: the most that it returns,
-    None for all.
-
-    Args:
-        capabilities: whether it samples itself, and with which options.
-        sessions: connections to mixlm's session route, None where the server has none.
-        reports_cached: whether it reports what its prefix cache held.
-        takes_ids: whether it returns the most likely of given ids.
+    max_logprobs: how many of the most likely tokens it returned when asked for as many as are wanted, or for the most
+    that it returns. limit: the most that it returns, None for all. capabilities: whether it samples itself, and with
+    which options. sessions: connections to mixlm's session route, None where the server has none. reports_cached:
+    whether it reports what its prefix cache held. takes_ids: whether it returns the most likely of given ids.
     """
 
-    def __init__(
-        self,
-        identity: ModelIdentity,
-        probed: _ProbedProtocol,
-        capabilities: ServerCapabilities | LlamaCppRuns,
-        sessions: SessionPool | None,
-        *,
-        reports_cached: bool,
-        takes_ids: bool,
-    ) -> None:
-        self.protocol = identity.protocol
-        self.max_logprobs = probed.max_logprobs
-        self.limit = probed.limit
-        self.identity = identity
-        self.reports_cached = reports_cached
-        self.takes_ids = takes_ids
-        self.capabilities = capabilities
-        self.sessions = sessions
-        self._endpoint = identity.endpoint
-        slot_count = _slots_of(identity.info, identity.protocol)
+    identity: ModelIdentity
+    max_logprobs: int
+    limit: int | None
+    capabilities: ServerCapabilities | LlamaCppCapabilities
+    sessions: SessionPool | None
+    reports_cached: bool
+    takes_ids: bool
+
+    def __post_init__(self) -> None:
+        self.protocol = self.identity.protocol
+        self._endpoint = self.identity.endpoint
+        slot_count = _slots_of(self.identity.info, self.protocol)
         self._slots = None if slot_count is None else _SlotPool(slot_count)
 
     @classmethod
@@ -118,18 +95,18 @@ class ModelServer:
         """
         endpoint = Endpoint(client, info.name, len(tokenizer.tokens))
         await _compare_tokenizers(endpoint, tokenizer)
-        probed = await _probe_protocol(endpoint, info, tokenizer, count)
-        protocol = probed.protocol
+        protocol, max_logprobs, limit = await _probe_protocol(endpoint, info, tokenizer, count)
         probe_slot = None if _slots_of(info, protocol) is None else info.total_slots - 1
         identity = await ModelIdentity.read(endpoint, info, protocol, tokenizer.ids, probe_slot)
         # Asked the same once more, it should have the beginning in its cache.
         usual = await endpoint.candidates(protocol, tokenizer.ids, 5)
         takes_ids = await _takes_ids(endpoint, protocol, tokenizer, usual.candidates)
-        capabilities: ServerCapabilities | LlamaCppRuns
+        capabilities: ServerCapabilities | LlamaCppCapabilities
         sessions: SessionPool | None = None
         if isinstance(protocol, LlamaCppProtocol):
-            missing = await find_missing(_checked_runs(endpoint, identity), np.array(tokenizer.ids))
-            capabilities = LlamaCppRuns(missing, tokenizer.tokens, tokenizer.ends)
+            complete = partial(identity.complete, path=COMPLETION_PATH)
+            missing = await find_missing(complete, np.array(tokenizer.ids))
+            capabilities = LlamaCppCapabilities(missing, tokenizer.tokens, tokenizer.ends)
         elif isinstance(protocol, SGLangProtocol):
             capabilities = ServerCapabilities(protocol.missing)
         else:
@@ -137,12 +114,12 @@ class ModelServer:
             pool = SessionPool(client.base_url, client.key, client.limits, identity.check)
             if use_sessions and await pool.is_available():
                 sessions = pool
-        return cls(identity, probed, capabilities, sessions, reports_cached=bool(usual.cached), takes_ids=takes_ids)
+        return cls(identity, max_logprobs, limit, capabilities, sessions, bool(usual.cached), takes_ids)
 
     async def candidates(self, session: Session, ids: Ids, count: int, among: Ids | None = None) -> CandidatesResponse:
         """Ask for at least the `count` most likely tokens after `ids`, of all or of some. Raises EngineError."""
-        if self.sessions is not None:
-            response = await self.sessions.generate(session, ids, logprobs_parameters(count, among))
+        if self.sessions is not None and among is None:  # its route takes no ids that count
+            response = await self.sessions.generate(session, ids, logprobs_parameters(count))
             top_tokens = parse_top_tokens(response, self._endpoint.client.base_url)
             return CandidatesResponse(self._endpoint.without_padding(top_tokens), response.get("cached"))
         async with self._slot(session, ids) as slot:
@@ -161,12 +138,7 @@ class ModelServer:
             UnsupportedError: It returns none.
         """
         async with self._slot(session, ids) as slot:
-            slot_option = {} if slot is None else {"id_slot": slot}
-
-            async def send(body: dict[str, Any]) -> Any:
-                value, new_connection = await self._endpoint.complete({**body, **slot_option}, self.protocol.path)
-                await self.identity.check(new_connection)
-                return value
+            send = partial(self.identity.complete, path=self.protocol.path, slot=slot)
 
             async def all_tokens(prompt: Ids) -> Candidates:
                 size = self._endpoint.vocabulary_size
@@ -186,17 +158,15 @@ class ModelServer:
         Raises:
             EngineError: it fails.
         """
-        if isinstance(self.capabilities, LlamaCppRuns):
+        if isinstance(self.capabilities, LlamaCppCapabilities):
             return await self._generate_on_llamacpp(self.capabilities, session, request)
         base_url = self._endpoint.client.base_url
         if self.sessions is not None:
-            parameters = self.capabilities.parameters(request, request.max_tokens, ends)
+            parameters = self.capabilities.parameters(request, ends)
             banned = self.capabilities.banned(request)
             return parse_generated(await self.sessions.generate(session, request.ids, parameters, banned), base_url)
-        body = self.capabilities.body(request, request.max_tokens, ends)
-        response, new_connection = await self._endpoint.complete(body)
-        await self.identity.check(new_connection)
-        return parse_generation(response, base_url)
+        body = self.capabilities.body(request, ends)
+        return parse_generation(await self.identity.complete(body), base_url)
 
     def release(self, session: Session) -> None:
         """Note that a sequence goes on elsewhere, or begins anew."""
@@ -209,18 +179,16 @@ class ModelServer:
             self.sessions.close()
 
     async def _generate_on_llamacpp(
-        self, runs: LlamaCppRuns, session: Session, request: GenerateRequest
+        self, capabilities: LlamaCppCapabilities, session: Session, request: GenerateRequest
     ) -> GenerateResponse:
-        send = _checked_runs(self._endpoint, self.identity)
-
         async def complete(body: dict[str, Any]) -> Any:
             async with self._slot(session, request.ids) as slot:
-                return await send(body if slot is None else {**body, "id_slot": slot})
+                return await self.identity.complete(body, COMPLETION_PATH, slot)
 
         async def top_tokens(ids: Ids, count: int) -> Candidates:
             return (await self.candidates(session, ids, count)).candidates
 
-        return await runs.generate(request, complete, top_tokens)
+        return await capabilities.generate(request, complete, top_tokens)
 
     @asynccontextmanager
     async def _slot(self, session: Session, ids: Ids) -> AsyncIterator[int | None]:
@@ -260,17 +228,6 @@ def _slots_of(info: ModelInfo, protocol: ServerProtocol) -> int | None:
     return max(total - 1, 1) if total and isinstance(protocol, LlamaCppProtocol) else None
 
 
-def _checked_runs(endpoint: Endpoint, identity: ModelIdentity) -> Any:
-    """Return what sends a body to llama.cpp's own route, and checks the model if the connection is new."""
-
-    async def send(body: dict[str, Any]) -> Any:
-        value, new_connection = await endpoint.complete(body, COMPLETION_PATH)
-        await identity.check(new_connection)
-        return value
-
-    return send
-
-
 async def _compare_tokenizers(endpoint: Endpoint, tokenizer: TokenizerProbe) -> None:
     client = endpoint.client
     vllm_body = {"model": endpoint.model, "prompt": PROBE_TEXT, "add_special_tokens": False}
@@ -308,8 +265,11 @@ async def _takes_ids(
 
 async def _probe_protocol(
     endpoint: Endpoint, info: ModelInfo, tokenizer: TokenizerProbe, wanted: int
-) -> _ProbedProtocol:
-    """Find out which protocol a server answers to, and how many tokens it returns. Raises UnsupportedError for none."""
+) -> tuple[ServerProtocol, int, int | None]:
+    """Return the protocol that a server answers to, and the `max_logprobs` and the `limit` of `ModelServer`.
+
+    Raises UnsupportedError where it answers to none.
+    """
     protocols: tuple[ServerProtocol, ...] = (LlamaCppProtocol(tokenizer.letter_token), OpenAIProtocol())
     if info.is_sglang:
         protocols = (SGLangProtocol(info.adapter),)
@@ -327,7 +287,7 @@ async def _probe_protocol(
                 limit = None if known == wanted else known
                 if protocol.may_be_limited:
                     limit = await _find_limit(endpoint, protocol, tokenizer.first_ids, known)
-                return _ProbedProtocol(protocol, min(wanted, limit or wanted), limit)
+                return protocol, min(wanted, limit or wanted), limit
             reason = f"it returns {returned} tokens where {count} are asked for"
     raise UnsupportedError(
         f"{endpoint.client.base_url} does not return the most likely next tokens by their ids: {reason}",

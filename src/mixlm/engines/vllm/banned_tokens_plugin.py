@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from vllm import SamplingParams
 
-from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, parse_ranges
+from mixlm.engines.vllm.sampling_params import BANNED_ARGUMENT, parse_ranges
 
 _INTERFACES: list[Any] = []
 try:

@@ -7,13 +7,11 @@ methods that need members' distributions, it is asked for its top tokens, as lla
 
 from __future__ import annotations
 
-import copy
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,16 @@ from mixlm.engines.base import Session, TextInterface
 from mixlm.engines.batching import respond_in_threads
 from mixlm.engines.requests import GenerateRequest, GenerateResponse, Request, Response
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import TokenizerSetup, first_line
+from mixlm.engines.tokenizer_setup import TokenizerSetup, error_summary
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
-from mixlm.engines.vllm.engine_thread import Backend, EngineThread, VllmBackend
-from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, format_ranges
-from mixlm.engines.vllm.sampling_params import logprobs_parameters, samples_identically, sampling_parameters
+from mixlm.engines.vllm.engine_thread import EngineThread, VllmBackend
+from mixlm.engines.vllm.sampling_params import (
+    BANNED_ARGUMENT,
+    banned_ranges,
+    generation_parameters,
+    logprobs_parameters,
+    samples_identically,
+)
 from mixlm.errors import ConfigError, EngineError, ModelLoadError, UnsupportedError
 from mixlm.models.resolve import resolve
 from mixlm.types import Candidates, Ids, Sampling
@@ -61,7 +64,7 @@ class VllmEngine(TopKOnlyEngine):
     takes_ids = True
 
     def __init__(
-        self, spec: EngineSpec, source: str, create_backend: Callable[[dict[str, Any]], Backend] = VllmBackend
+        self, spec: EngineSpec, source: str, create_backend: Callable[[dict[str, Any]], VllmBackend] = VllmBackend
     ) -> None:
         if spec.adapter is not None:
             raise ConfigError(f"member {spec.name} has an adapter, and vLLM is given none", "use --engine hf")
@@ -71,33 +74,25 @@ class VllmEngine(TopKOnlyEngine):
             self.thread = EngineThread(lambda: create_backend(options))
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             raise ModelLoadError(
-                f"vLLM cannot load {spec.name}: {first_line(error)}",
+                f"vLLM cannot load {spec.name}: {error_summary(error)}",
                 "its architecture may be unknown to it, or memory too small; or use --engine hf",
             ) from error
-        self._closing = weakref.finalize(self, self.thread.close)
+        self._threads = ThreadPoolExecutor(_MAX_SEQUENCES)  # of all engines on these weights
+        self._closing = weakref.finalize(self._threads, self.thread.close)
         config = self.thread.config
         model = config.model_config
         self._vocab_size: int = model.get_vocab_size()
         # One token at least is generated, and has to fit in too.
-        super().__init__(spec.name, self._text_interface(spec), model.max_model_len - 1)
+        super().__init__(spec.name, self.text_interface(spec), model.max_model_len - 1)
         self.top_k_limit = min(spec.candidates, self.vocabulary.size)
         dtype = str(model.dtype).removeprefix("torch.")
         self.device = config.device_config.device_type
         self.details = {"engine": "vLLM", "device": self.device, "dtype": dtype}
         self.weights_bytes = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
-        self._threads = ThreadPoolExecutor(_MAX_SEQUENCES)
         self.session().logits(np.flatnonzero(self.sampleable)[:1])
 
-    def with_spec(self, spec: EngineSpec) -> VllmEngine | None:
-        """Return an engine on the same weights with prompts of its own; None for an adapter."""
-        if spec.adapter is not None:
-            return None
-        spec = replace(spec, name=spec.name or self.name)
-        shared = copy.copy(self)
-        TopKOnlyEngine.__init__(shared, spec.name, self._text_interface(spec), self.context_length)
-        return shared
-
-    def _text_interface(self, spec: EngineSpec) -> TextInterface:
+    def text_interface(self, spec: EngineSpec) -> TextInterface:
+        """Return the prompts and the vocabulary of a spec on this model."""
         return self._tokenizer.text_interface(spec, self._vocab_size)
 
     @property
@@ -139,10 +134,9 @@ class VllmSession(TopKOnlySession):
         engine = self._engine
         ends = sorted(engine.vocabulary.end_ids)
         length = min(request.max_tokens, engine.context_length + 1 - len(request.ids))
-        parameters = sampling_parameters(request.sampling, request.seed, length)
-        parameters |= {"stop_token_ids": ends, "logprobs": 0}
+        parameters = generation_parameters(replace(request, max_tokens=length), ends)
         if request.banned.size:
-            parameters["extra_args"] = {BANNED_ARGUMENT: _ranges(request.banned.tobytes())}
+            parameters["extra_args"] = {BANNED_ARGUMENT: banned_ranges(request.banned)}
         start = time.perf_counter()
         output = engine.thread.submit(request.ids, parameters).result()
         if not output.ids:
@@ -156,11 +150,6 @@ class VllmSession(TopKOnlySession):
         """Ask vLLM for one token with the log-probabilities of the top ones."""
         [top] = self._engine.thread.submit(ids, logprobs_parameters(count, among)).result().logprobs
         return Candidates(np.fromiter(top, dtype=np.int64), np.fromiter(top.values(), dtype=np.float64))
-
-
-@lru_cache(maxsize=64)
-def _ranges(banned: bytes) -> str:
-    return format_ranges(np.frombuffer(banned, dtype=np.int64))
 
 
 def _options(spec: EngineSpec, source: str) -> dict[str, Any]:
@@ -193,7 +182,7 @@ def _text_config(source: str) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{source} cannot be read: {first_line(error)}") from error
+        raise ModelLoadError(f"{source} cannot be read: {error_summary(error)}") from error
     text_config: dict[str, Any] = config.get_text_config().to_dict()
     return text_config
 

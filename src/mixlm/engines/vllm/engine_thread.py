@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from mixlm.errors import EngineError
 from mixlm.types import Ids
@@ -40,34 +40,17 @@ class VllmOutput:
     """What one request generated.
 
     logprobs: for each token, the log-probabilities by id of the token itself and of the top tokens, where they were
-    requested. cached: tokens of the prompt that were in the prefix cache.
+    requested.
     """
 
     ids: list[int]
     logprobs: list[dict[int, float]]
-    cached: int
-
-
-class Backend(Protocol):
-    """An engine that runs requests in steps. config: as vLLM's `VllmConfig`."""
-
-    config: Any
-
-    def add(self, name: str, ids: Ids, parameters: dict[str, Any]) -> None:
-        """Add a request. Raises any exception for one that it refuses."""
-        ...
-
-    def step(self) -> list[tuple[str, VllmOutput]]:
-        """Run one step, and return the requests that are finished, by name."""
-        ...
-
-    def close(self) -> None:
-        """Free what it holds."""
-        ...
 
 
 class VllmBackend:
-    """vLLM's engine. Created and used in one thread; raises what vLLM raises when it cannot load a model.
+    """vLLM's engine, which runs requests in steps. Created and used in one thread.
+
+    It raises what vLLM raises when it cannot load a model. config: vLLM's `VllmConfig`.
 
     Args:
         options: of `vllm.LLM`.
@@ -84,7 +67,7 @@ class VllmBackend:
             _running.add(id(self._engine))
 
     def add(self, name: str, ids: Ids, parameters: dict[str, Any]) -> None:
-        """Add a request. parameters: of `vllm.SamplingParams`."""
+        """Add a request. parameters: of `vllm.SamplingParams`. Raises any exception for one that it refuses."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -117,7 +100,7 @@ class EngineThread:
         create: makes the backend, in the thread; what it raises is raised here.
     """
 
-    def __init__(self, create: Callable[[], Backend]) -> None:
+    def __init__(self, create: Callable[[], VllmBackend]) -> None:
         self._inbox: queue.SimpleQueue[_Submitted | None] = queue.SimpleQueue()
         self._waiting: dict[str, Future[VllmOutput]] = {}
         self._failure: str | None = None
@@ -155,7 +138,7 @@ class EngineThread:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def _run(self, create: Callable[[], Backend], ready: Future[Any]) -> None:
+    def _run(self, create: Callable[[], VllmBackend], ready: Future[Any]) -> None:
         try:
             backend = create()
         except BaseException as error:
@@ -181,7 +164,7 @@ class EngineThread:
             future.set_exception(error)
         self._waiting.clear()
 
-    def _serve(self, backend: Backend) -> None:
+    def _serve(self, backend: VllmBackend) -> None:
         numbers = count()
         while True:
             while not self._waiting or not self._inbox.empty():
@@ -192,7 +175,7 @@ class EngineThread:
             for name, output in backend.step():
                 self._waiting.pop(name).set_result(output)
 
-    def _add(self, backend: Backend, name: str, submitted: _Submitted) -> None:
+    def _add(self, backend: VllmBackend, name: str, submitted: _Submitted) -> None:
         try:
             backend.add(name, submitted.ids, submitted.parameters)
         except Exception as error:  # whatever it refuses a request with: the others go on
@@ -206,4 +189,4 @@ def _read(request_output: Any) -> VllmOutput:
     logprobs = [
         {token: logprob.logprob for token, logprob in position.items()} for position in completion.logprobs or ()
     ]
-    return VllmOutput(list(completion.token_ids), logprobs, request_output.num_cached_tokens or 0)
+    return VllmOutput(list(completion.token_ids), logprobs)

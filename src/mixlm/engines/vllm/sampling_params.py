@@ -1,11 +1,21 @@
-"""A transform `A_i` in the parameters of vLLM, and of servers with its API: where it is the same distribution."""
+"""A transform `A_i` in the parameters of vLLM, and of servers with its API: where it is the same distribution.
+
+The ids that may not be sampled are many, and go as a short text: "0-16,151643,151665-151935".
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
-from mixlm.types import Ids, Sampling
+import numpy as np
 
+from mixlm.engines.requests import GenerateRequest
+from mixlm.types import PLAIN_SAMPLING, Ids, Sampling
+
+BANNED_ARGUMENT = "mixlm_banned"  # the name in requests of the ids that may not be sampled
 # vLLM raises temperatures below the first, and refuses those above the second.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 2.0
 
@@ -29,7 +39,7 @@ def logprobs_parameters(count: int, among: Ids | None = None) -> dict[str, Any]:
     among: the ids that count, int64. The others are masked before anything else; that shows in log-probabilities with
     `logprobs_mode` "processed_logprobs".
     """
-    parameters = {**sampling_parameters(Sampling(temperature=1.0, top_k=0), 0, 1), "logprobs": count}
+    parameters = {**sampling_parameters(PLAIN_SAMPLING, 0, 1), "logprobs": count}
     return parameters if among is None else {**parameters, "allowed_token_ids": among.tolist()}
 
 
@@ -49,3 +59,39 @@ def sampling_parameters(sampling: Sampling, seed: int, length: int) -> dict[str,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
     }
+
+
+def generation_parameters(request: GenerateRequest, ends: Sequence[int]) -> dict[str, Any]:
+    """Return the parameters of a request to sample, but for the ids that it bans. ends: ids that end a text."""
+    parameters = sampling_parameters(request.sampling, request.seed, request.max_tokens)
+    return {**parameters, "stop_token_ids": list(ends), "logprobs": 0}
+
+
+def banned_ranges(banned: Ids) -> str:
+    """Return what `format_ranges` does, once for requests that ban the same ids."""
+    return _formatted(banned.tobytes())
+
+
+@lru_cache(maxsize=64)
+def _formatted(banned: bytes) -> str:
+    return format_ranges(np.frombuffer(banned, dtype=np.int64))
+
+
+def format_ranges(ids: Ids) -> str:
+    """Write ids, int64 (n,) in ascending order, as ranges."""
+    if ids.size == 0:
+        return ""
+    breaks = np.flatnonzero(np.diff(ids) != 1)
+    starts, ends = ids[np.append(0, breaks + 1)].tolist(), ids[np.append(breaks, ids.size - 1)].tolist()
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def parse_ranges(ranges: str) -> Ids:
+    """Read what `format_ranges` returns. Raises ValueError for anything else."""
+    ids: list[int] = []
+    for part in ranges.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise ValueError(f"{part!r} is no id and no range of ids")
+        ids.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return np.array(ids, dtype=np.int64)

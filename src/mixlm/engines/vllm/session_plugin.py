@@ -25,25 +25,10 @@ from vllm.engine.protocol import EngineClient, StreamingInput
 from vllm.sampling_params import RequestOutputKind
 
 from mixlm.engines.remote.session_client import SESSION_PATH
-from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT
+from mixlm.engines.vllm.sampling_params import BANNED_ARGUMENT, logprobs_parameters
 
 _IDLE_SECONDS = 10.0  # after which a session that is not continued frees its memory
-_PARAMETERS = frozenset(
-    [
-        "max_tokens",
-        "seed",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "stop_token_ids",
-        "logprobs",
-        "logit_bias",
-    ]
-)
+_PARAMETERS = {*logprobs_parameters(1), "stop_token_ids", "logit_bias"}
 
 
 class SessionPlugin:

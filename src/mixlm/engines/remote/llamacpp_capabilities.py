@@ -38,7 +38,7 @@ TopTokens = Callable[[Ids, int], Awaitable[Candidates]]
 
 
 @dataclass(frozen=True)
-class LlamaCppRuns:
+class LlamaCppCapabilities:
     """What a server of llama.cpp can do beside returning its most likely tokens.
 
     missing: what it lacks to sample itself, "" for nothing. tokens: the bytes of each of the model's ids. ends: ids

@@ -17,6 +17,7 @@ from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.engines.toy import Table, ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.generation.dispatch import Dispatcher
+from mixlm.generation.member import address
 from mixlm.generation.sequence import DecodeStep, SequenceState, Strategy
 from mixlm.types import Candidates, Sampling
 
@@ -229,13 +230,13 @@ def written(ensemble: Ensemble, options: Mapping[str, Any], prompt: str, pieces:
 
 def driven(strategy: Strategy, writing: SequenceState, weights: np.ndarray, noise: Any) -> tuple[Any, list[list[Any]]]:
     """Drive a strategy by hand. Returns its choice and the requests it made, round by round."""
-    flow = strategy(DecodeStep(weights, noise, writing.views, lambda symbol: None))
+    flow = strategy(DecodeStep(weights, noise, writing.views, lambda symbol: iter(())))
     rounds = []
     try:
         requests = next(flow)
         while True:
             rounds.append(requests)
-            requests = flow.send(Dispatcher().respond(writing.address(requests)))
+            requests = flow.send(Dispatcher().respond(address(requests, writing.members, writing.sessions)))
     except StopIteration as done:
         [choice] = done.value
         return choice, rounds

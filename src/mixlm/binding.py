@@ -18,15 +18,12 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.generation import GenerationContext
 from mixlm.generation.member import Member, MemberOptions
 from mixlm.routing.base import TOP_K, FixedRouter, Router, observed_by
-from mixlm.types import Floats, Ids, LogitsProcessor, Sampling, TopKFilter
+from mixlm.types import PLAIN_SAMPLING, Floats, Ids, LogitsProcessor, TopKFilter
 from mixlm.units.base import Unit
 
 if TYPE_CHECKING:
     from mixlm.core.combinations import Combination
     from mixlm.generation.target import RuleTarget
-
-# A distribution as the model gives it.
-_UNCHANGED = Sampling(temperature=1.0, top_k=0)
 
 
 @dataclass(frozen=True)
@@ -120,11 +117,8 @@ class Binder:
         )
 
     def _target(self, settings: GenerationOptions) -> RuleTarget | None:
-        """Return what the rule of the options makes of the members; None for the average.
-
-        The mode of an average is found by bounds too where engines report their most likely tokens only.
-        """
-        if settings.combination is None and not self._finds_mode_by_bounds(settings):
+        """Return what the rule of the options makes of the members; None for samples of the average."""
+        if settings.combination is None and settings.method != "greedy":
             return None
         from mixlm.generation.target import average_target, build_target
 
@@ -143,17 +137,6 @@ class Binder:
             sampling=[member.sampling for member in self._members],
             roles=[member.role for member in self._members],
             traits=self._unit.traits,
-        )
-
-    def _finds_mode_by_bounds(self, settings: GenerationOptions) -> bool:
-        return (
-            settings.method == "greedy"
-            and settings.language is None
-            and self._unit.traits.full_distributions
-            and any(
-                member.engine.top_k_limit is not None and settings.member_sampling(member.sampling) == _UNCHANGED
-                for member in self._members
-            )
         )
 
     def check_router(self) -> None:
@@ -281,20 +264,21 @@ class Binder:
             sampling, banned = settings.member_sampling(spec.sampling), np.flatnonzero(symbols < 0)
             # Of the other members, `Member` says what their engines cannot do.
             transform = Transform(sampling, banned, bias)
-            takes_more = spec.engine.top_k_limit is not None and bias is None and spec.processor is None
-            if takes_more and grammar is None and target is not None and sampling == _UNCHANGED:
+            can_take_more = spec.engine.top_k_limit is not None and bias is None and spec.processor is None
+            takes_more = False
+            if can_take_more and grammar is None and target is not None and sampling == PLAIN_SAMPLING:
                 from mixlm.generation.target import report_transform
 
                 transform = report_transform(target, settings, spec.name, spec.engine, sampling, banned)
+                takes_more = True
             elif (
-                takes_more
+                can_take_more
                 and grammar is not None
                 and spec.engine.reports_all
                 and not (sampling.top_k or sampling.has_penalties)
             ):
                 transform.top_k_filter = TopKFilter(spec.engine.vocabulary.size, banned)  # of what is allowed
-            else:
-                takes_more = False
+                takes_more = True
             # The observed member has run before its coin falls, so its samples are taken from those logits.
             is_observed = observes is not None and observes.member == i and settings.method != "single"
             options = MemberOptions(

@@ -14,7 +14,7 @@ from mixlm.choices import UnitName
 from mixlm.core.grammar import GrammarCache
 from mixlm.core.mixing import normalized_weights
 from mixlm.core.options import GenerationOptions, Options
-from mixlm.decoding import check_method
+from mixlm.decoding import check_unit_method
 from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.dispatch import to_mixlm_error
@@ -23,8 +23,8 @@ from mixlm.generation.prompt import EncodedPrompt, Prompt, encode_prompt, is_bat
 from mixlm.option_spec import OptionSpec
 from mixlm.routing.base import FixedRouter, Router, RouterFunction, as_router
 from mixlm.types import Completion, Message, Sampling
+from mixlm.units import build_unit
 from mixlm.units.base import Unit
-from mixlm.units.registry import build_unit
 
 if TYPE_CHECKING:
     from mixlm.chat import Chat
@@ -76,7 +76,7 @@ class Ensemble:
         self.grammars = grammars or GrammarCache([member.engine.vocabulary for member in members])
         if isinstance(unit, str):
             self.unit = self._build_unit(unit)
-            check_method(self.defaults.method, self.unit.name, self.defaults.rule)
+            check_unit_method(self.defaults.method, self.unit.name, self.defaults.rule)
         else:
             self.unit = unit
         self._binder.check_router()
@@ -145,7 +145,7 @@ class Ensemble:
         settings = self.settings(**options)
 
         def begin(number: int, prompt: Prompt) -> tuple[int, Generation]:
-            context = self.context(settings.with_turn(number))
+            context = self.context(settings.with_sequence_offset(number))
             try:
                 return number, context.start(self.encode_prompt(prompt, settings))
             except Exception as error:
@@ -183,7 +183,9 @@ class Ensemble:
             return await self.astream(cast(Prompt, prompt), **options).finish()
         settings = self.settings(**options)
         prompts = cast(Sequence[Prompt], prompt)
-        return await finish_all([self._begin_async(item, settings.with_turn(i)) for i, item in enumerate(prompts)])
+        return await finish_all(
+            [self._begin_async(item, settings.with_sequence_offset(i)) for i, item in enumerate(prompts)]
+        )
 
     def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGeneration:
         """Generate token by token in the background: `async for` over the result, then read its `completion`."""

@@ -19,8 +19,7 @@ from toys import (
 )
 
 from mixlm.core.rng import Noise
-from mixlm.decoding.engine_sampling import MAX_RUN
-from mixlm.decoding.mixture import mixture
+from mixlm.decoding.mixture import MAX_RUN, mixture
 from mixlm.decoding.single import single
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.engines.toy import ToyEngine, ToySession

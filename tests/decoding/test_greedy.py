@@ -21,6 +21,7 @@ from toys import (
 from mixlm.core.rng import Noise
 from mixlm.decoding.greedy import greedy, greedy_single
 from mixlm.engines.requests import LogitsRequest
+from mixlm.generation.target import average_target
 
 PLAIN = OPTIONS["plain"]
 
@@ -31,7 +32,7 @@ def piece_of(ensemble, symbol: int) -> bytes:
 
 def chosen(ensemble, options=(), pieces=()):
     options = {"method": "greedy", **dict(options)}
-    return driven(greedy, written(ensemble, options, "ab", pieces), ensemble.weights, Noise(0))
+    return driven(greedy(average_target()), written(ensemble, options, "ab", pieces), ensemble.weights, Noise(0))
 
 
 @pytest.mark.slow

@@ -256,14 +256,14 @@ def test_greedy_is_the_mode_of_the_union_of_the_given_k():
         for draft in (None, "m1"):
             completion = ensemble.generate("a", method="greedy", draft=draft, max_tokens=3, top_k=k, **options)
             assert [token.data for token in completion.tokens] == [mode] * 3
-        assert ensemble.distribution("a", method="conventional", top_k=k, **options).units[0] == mode
+        assert ensemble.distribution("a", method="conventional", top_k=k, **options).symbol_bytes[0] == mode
 
 
 def test_a_rule_object_has_a_k_of_its_own():
     ensemble = make_ensemble([fixed({b"a": 0.5, b"b": 0.45, b"c": 0.05}), fixed({b"c": 0.5, b"b": 0.45, b"a": 0.05})])
     ensemble = ensemble.with_weights([0.6, 0.4])
     other = ensemble.distribution("a", raw=True, temperature=1.0, rule=combination("union-top-k", k=1))
-    assert dict(zip(other.units, other.probs.round(4), strict=True)) == {b"a": 0.5818, b"c": 0.4182}
+    assert dict(zip(other.symbol_bytes, other.probs.round(4), strict=True)) == {b"a": 0.5818, b"c": 0.4182}
 
 
 def test_greedy_is_the_mode_of_unite_between_vocabularies():
@@ -273,7 +273,7 @@ def test_greedy_is_the_mode_of_unite_between_vocabularies():
     for rule, mode in (("unite", b"ab"), ("union-top-k", b"a")):
         greedy = ensemble.generate("a", raw=True, method="greedy", rule=rule, max_tokens=1)
         assert greedy.tokens[0].data == mode
-        assert ensemble.distribution("a", raw=True, method="conventional", rule=rule).units[0] == mode
+        assert ensemble.distribution("a", raw=True, method="conventional", rule=rule).symbol_bytes[0] == mode
 
 
 @pytest.mark.parametrize("method", ["greedy", "layered"])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from toys import OPTIONS, SHARED, engine, make_ensemble, toys
 
 from mixlm.decoding.auto import Auto
+from mixlm.decoding.blocks import prefix_groups
 from mixlm.decoding.cost_model import (
     DraftPlan,
     ForwardCostEstimator,
@@ -16,7 +17,7 @@ from mixlm.decoding.cost_model import (
     mixture_seconds,
     speculative_seconds,
 )
-from mixlm.decoding.drafts import LookupDraft, lookup_continuation, prefix_groups
+from mixlm.decoding.drafts import LookupDraft, lookup_continuation
 from mixlm.decoding.speculative import speculative
 from mixlm.engines.requests import Forward
 from mixlm.errors import ConfigError, UnsupportedError
@@ -122,7 +123,6 @@ def test_a_wrong_guess_is_never_kept():
 
     class Random(LookupDraft):
         def propose(self, step):
-            yield from ()
             return int(np.random.default_rng(step.noise.position).integers(len(SHARED)))
 
     ensemble = toys("piece", 3)

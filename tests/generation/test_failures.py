@@ -12,7 +12,6 @@ from mixlm.core.rng import Noise
 from mixlm.engines.batching import respond_batched
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError, MixlmError, TokenizerError
-from mixlm.generation.dispatch import check_ids
 
 PROMPTS = ["ab", "c", "b a", "a"]
 METHODS = ["mixture", "conventional", "greedy", "single", "speculative", "auto"]
@@ -139,11 +138,11 @@ def test_ids_are_looked_at_only_where_a_tokenizer_may_have_tokens_without_an_emb
     unnamed, lacking = engine(seed=1), Unembedded()
     vocabulary = unnamed.vocabulary
     unnamed.vocabulary = replace(vocabulary, names=())
-    check_ids(engine(seed=1), None)  # of any length, for nothing
+    engine(seed=1).vocabulary.check_rows(None, "m")  # of any length, for nothing
     for other in (lacking, unnamed):
-        check_ids(other, np.array([1, 2]))
+        other.vocabulary.check_rows(np.array([1, 2]), "m")
         with pytest.raises(TokenizerError, match="has embeddings for ids below"):
-            check_ids(other, np.array([1, 2, 40, 3]))
+            other.vocabulary.check_rows(np.array([1, 2, 40, 3]), "m")
 
 
 def test_a_token_without_an_embedding_that_turns_up_in_a_text_ends_that_text_alone():

@@ -5,7 +5,7 @@ from toys import SHARED, VOCABULARIES, engine
 
 from mixlm.choices import UNITS
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.units.registry import build_unit, unit_traits
+from mixlm.units import build_unit, unit_traits
 
 DIFFERENT = [engine(VOCABULARIES[0]), engine(VOCABULARIES[2])]
 EQUAL = [engine(SHARED), engine(SHARED)]

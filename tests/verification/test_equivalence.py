@@ -256,7 +256,7 @@ def test_drafts_that_are_accepted_unverified_are_found(monkeypatch: pytest.Monke
     def unverified(positions: list[Any], stats: Any) -> Any:
         yield from ()
         drafts = [position for position in positions if position.proposal is not None]
-        return [Choice(position.proposal, position.member, 0.0) for position in drafts]
+        return [Choice(position.proposal, position.members[0], 0.0) for position in drafts]
 
     monkeypatch.setattr("mixlm.decoding.speculative.verify", unverified)
     only(monkeypatch, "mixture", "speculative")

@@ -7,7 +7,7 @@ from numbers import Real
 
 import numpy as np
 
-from mixlm.core.blocks import blocks
+from mixlm.core import slices
 from mixlm.errors import ConfigError
 from mixlm.option_spec import as_float
 from mixlm.types import Candidates, Floats, Ids
@@ -99,10 +99,10 @@ def _mix_common(symbols: Ids, components: Sequence[tuple[float, Candidates]]) ->
     if len(components) == 1 and components[0][0] == 1:
         return components[0][1]
     logprobs = np.empty(symbols.size)
-    for block in blocks(symbols.size):
-        total = sum(weight * np.exp(distribution.logprobs[block]) for weight, distribution in components)
+    for elements in slices(symbols.size):
+        total = sum(weight * np.exp(distribution.logprobs[elements]) for weight, distribution in components)
         with np.errstate(divide="ignore"):
-            np.log(total, out=logprobs[block])
+            np.log(total, out=logprobs[elements])
     possible = logprobs > -np.inf
     return Candidates(symbols, logprobs) if possible.all() else Candidates(symbols[possible], logprobs[possible])
 

@@ -15,7 +15,7 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.blocks import BLOCK, blocks
+from mixlm.core import SLICE_SIZE, slices
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -109,9 +109,9 @@ class Noise:
     def gumbel(self, symbols: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return standard Gumbel noise for each symbol, float64, shape as `symbols`; equal symbols get equal noise."""
         key, noise = self.sample_key, np.empty(symbols.size)
-        for block in blocks(symbols.size):
-            part = noise[block]
-            np.log(_uniform(key, symbols[block]), out=part)
+        for elements in slices(symbols.size):
+            part = noise[elements]
+            np.log(_uniform(key, symbols[elements]), out=part)
             np.negative(part, out=part)
             np.log(part, out=part)
             np.negative(part, out=part)
@@ -124,7 +124,7 @@ class Noise:
             symbols: Distinct symbols, int64 (n,). Two entries of one symbol would share their noise.
             logprobs: Their natural log-probabilities, float64 (n,).
         """
-        winners = self._possible_winners(symbols, logprobs) if symbols.size > BLOCK else None
+        winners = self._possible_winners(symbols, logprobs) if symbols.size > SLICE_SIZE else None
         if winners is None:
             return int(np.argmax(logprobs + self.gumbel(symbols)))
         return int(winners[np.argmax(logprobs[winners] + self.gumbel(symbols[winners]))])
@@ -145,7 +145,8 @@ class Noise:
         beyond = 1 - np.exp(least - best) * (1 + 1e-6) - 1e-15  # the margin is for rounding
         key = self.sample_key
         lucky = [
-            np.flatnonzero(_uniform(key, symbols[block]) >= beyond) + block.start for block in blocks(symbols.size)
+            np.flatnonzero(_uniform(key, symbols[elements]) >= beyond) + elements.start
+            for elements in slices(symbols.size)
         ]
         return np.union1d(likely, np.concatenate(lucky))
 

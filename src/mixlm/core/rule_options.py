@@ -74,12 +74,22 @@ def check_rule(rule: object) -> None:
         )
 
 
-def check_method(rule: AnyRule, method: str) -> None:
+def check_rule_method(rule: AnyRule, method: str) -> None:
     """Raise UnsupportedError where a method samples the average only."""
     if method in AVERAGE_METHODS:
         raise UnsupportedError(
             f"method {method} samples the average, and the rule is {rule_name(rule)}",
             "use it with --method layered, conventional or greedy",
+        )
+
+
+def check_whole_tokens(rule: AnyRule, *, full_distributions: bool) -> None:
+    """Raise UnsupportedError for a rule in a unit whose members give no distribution over whole tokens."""
+    if not full_distributions:
+        raise UnsupportedError(
+            f"rule {rule_name(rule)} combines the members' distributions over whole tokens, and in the units word and "
+            "byte one forward pass gives no distribution",
+            "use --unit piece, or --rule average",
         )
 
 
@@ -94,8 +104,7 @@ def build_rule(rule: AnyRule, parameters: Mapping[str, Any]) -> Combination:
     Raises:
         ConfigError: The rule has no such parameter, or a value is not allowed.
     """
-    from mixlm.core.combinations import Combination, combination
-    from mixlm.core.combinations.registry import check_parameters, combination_class
+    from mixlm.core.combinations import Combination, check_parameters, combination, combination_class
 
     if isinstance(rule, str):
         own = {parameter.name for parameter in fields(combination_class(rule))}

@@ -14,8 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.blocks import blocks
-from mixlm.types import Candidates, Floats, Ids, LogitBias, Logits, LogitsRow, Sampling, TopKFilter, TopLogprobs
+from mixlm.core import slices
+from mixlm.types import (
+    PLAIN_SAMPLING,
+    Candidates,
+    Floats,
+    Ids,
+    LogitBias,
+    Logits,
+    LogitsRow,
+    Sampling,
+    TopKFilter,
+    TopLogprobs,
+)
 
 
 def top_logprobs(distribution: Candidates, count: int) -> TopLogprobs:
@@ -98,10 +109,17 @@ def apply_min_p(logits: Logits, p: float) -> Logits:
 
 
 def softmax(logits: Logits) -> Floats:
-    """Return exp(logits), normalised, in float64."""
-    weights: Floats = np.exp(logits.astype(np.float64) - logits.max())
-    weights /= weights.sum()
+    """Return exp(logits), normalised over the last axis, in float64."""
+    weights: Floats = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
     return weights
+
+
+def log_softmax(logits: Logits) -> Floats:
+    """Return the logarithm of `softmax`."""
+    logprobs: Floats = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    logprobs -= np.log(np.exp(logprobs).sum(axis=-1, keepdims=True))
+    return logprobs
 
 
 def dense_distribution(
@@ -250,7 +268,7 @@ class ReportTransform(Transform):
     """
 
     def __init__(self, banned: Ids, count: int) -> None:
-        super().__init__(Sampling(temperature=1.0, top_k=0), banned)
+        super().__init__(PLAIN_SAMPLING, banned)
         self.top_k_filter = TopKFilter(count, np.zeros(0, dtype=np.int64), normalized=True)
         self._sampled = TopKFilter(count, banned)
 
@@ -295,4 +313,4 @@ def _normalize(candidates: Candidates, *, proportions: bool = False) -> Candidat
 
 def exp_sum(values: Floats) -> float:
     """Return `Σ exp(values)`."""
-    return sum(float(np.exp(values[block]).sum()) for block in blocks(values.size))
+    return sum(float(np.exp(values[elements]).sum()) for elements in slices(values.size))

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixlm.core.options import GenerationOptions
-from mixlm.core.rule_options import AnyRule, rule_name
+from mixlm.core.rule_options import AnyRule, check_whole_tokens
 from mixlm.engines.requests import Forward
 from mixlm.errors import UnsupportedError
 from mixlm.generation.sequence import SpeculationStats, Strategy
 from mixlm.types import Floats
+from mixlm.units import unit_traits
 from mixlm.units.base import PIECE_TRAITS, UnitTraits
-from mixlm.units.registry import unit_traits
 
 if TYPE_CHECKING:
     from mixlm.generation.target import RuleTarget
@@ -30,8 +30,8 @@ __all__ = [
     "SpeculationStats",
     "StrategyContext",
     "build_strategy",
-    "check_method",
     "check_observing",
+    "check_unit_method",
     "strategy_name",
 ]
 
@@ -85,7 +85,7 @@ def build_strategy(options: GenerationOptions, context: StrategyContext) -> Stra
         UnsupportedError: The unit cannot be sampled by the method, or the options have no common average; or the method
             does not take the router.
     """
-    check_method(options.method, context.unit)
+    check_unit_method(options.method, context.unit)
     if context.observed is not None:
         check_observing(options.method, context.names[context.observed])
     module = import_module(f"mixlm.decoding.{strategy_name(options, context)}")
@@ -109,15 +109,12 @@ def strategy_name(options: GenerationOptions, context: StrategyContext) -> str:
     return options.method
 
 
-def check_method(method: str, unit: str, rule: AnyRule | None = None) -> None:
+def check_unit_method(method: str, unit: str, rule: AnyRule | None = None) -> None:
     """Raise UnsupportedError where a unit's target distribution cannot be sampled by a method, or a rule has none."""
-    if rule is not None and method != "single" and not unit_traits(unit).full_distributions:
-        raise UnsupportedError(
-            f"rule {rule_name(rule)} combines the members' distributions over whole tokens, and in the unit {unit} one "
-            "forward pass gives no distribution",
-            "use --unit piece, or --rule average",
-        )
-    if method not in unit_traits(unit).methods:
+    traits = unit_traits(unit)
+    if rule is not None and method != "single":
+        check_whole_tokens(rule, full_distributions=traits.full_distributions)
+    if method not in traits.methods:
         raise UnsupportedError(
             f"{method} does not work with the unit {unit}: it needs a member's full distribution over {unit}s, which "
             "one forward pass does not give",

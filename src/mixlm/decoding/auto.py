@@ -11,17 +11,22 @@ from typing import NamedTuple
 
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
-from mixlm.decoding.cost_model import DraftPlan, ForwardCostEstimator, mixture_seconds, speculative_seconds
+from mixlm.decoding.cost_model import (
+    BLOCKS,
+    MIN_GAIN,
+    TRIAL_INTERVAL,
+    DraftPlan,
+    ForwardCostEstimator,
+    mixture_seconds,
+    smoothed_acceptance,
+    speculative_seconds,
+)
 from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft
 from mixlm.decoding.speculative import speculative
 from mixlm.generation.sequence import DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.types import Floats
 
-BLOCKS = (1, 2, 3, 4, 6, 8)
 LOOKUP_BLOCK = 4
-_MIN_GAIN = 0.97  # a plan must be this much cheaper than the mixture, or its forwards are not worth the variance
-_TRIAL_INTERVAL = 64  # steps after which plans are estimated with at least the acceptance rate of a trial
-_TRIAL_ACCEPTANCE = 0.9
 _MIN_LOOKUP_ACCEPTANCE = 0.25  # from which proposals that cost no forward are worth verifying
 
 
@@ -69,7 +74,7 @@ class Auto:
         """Generate with the plan that promises most."""
         is_trial = self._steps >= self._next_trial
         if is_trial:
-            self._next_trial = self._steps + _TRIAL_INTERVAL
+            self._next_trial = self._steps + TRIAL_INTERVAL
         draft, block = self.plan(step.weights, is_trial=is_trial)
         stats = self._by_draft.setdefault(draft.name, SpeculationStats())
         drafted, accepted = stats.drafted, stats.accepted
@@ -86,7 +91,7 @@ class Auto:
         plain = mixture_seconds(weights, costs)
         if self._observed is not None:
             plain += float(1 - weights[self._observed]) * costs(self._observed)
-        cheapest, member_plan = plain * _MIN_GAIN, None
+        cheapest, member_plan = plain * MIN_GAIN, None
         for member, name in enumerate(self._names):
             if self._observed not in (None, member):
                 continue
@@ -105,7 +110,4 @@ class Auto:
         return Plan(lookup, LOOKUP_BLOCK if worthwhile else 0)
 
     def _acceptance(self, name: str, is_trial: bool) -> float:
-        """Return a draft's acceptance rate so far, smoothed towards that of a trial."""
-        stats = self._by_draft.get(name, SpeculationStats())
-        measured = (stats.accepted + 4 * _TRIAL_ACCEPTANCE) / (stats.drafted + 4)
-        return max(measured, _TRIAL_ACCEPTANCE) if is_trial else measured
+        return smoothed_acceptance(self._by_draft.get(name, SpeculationStats()), is_trial=is_trial)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from mixlm.decoding.drafts import Draft, allowed_after, prefix_groups
-from mixlm.engines.requests import LogitsRequest, Request
+import numpy as np
+
+from mixlm.decoding.drafts import Draft
+from mixlm.engines.requests import AllowedIds, LogitsRequest, Request
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import Choice, DecodeStep, SpeculationStats
-from mixlm.types import Candidates, Ids, LogitsRow, TopKFilter
+from mixlm.types import Ids, LogitsRow, TopKFilter
 
 MAX_BLOCK = 32  # positions
 
@@ -26,30 +28,34 @@ class Position(ABC):
     Attributes:
         step: The decode step.
         members: Those that take part.
-        ids: Each member's tokens there.
-        allowed: Which of each member's ids are allowed there, see `AllowedIds`.
-        parts: The distributions of the members that ran, by member.
+        ids: The tokens there of members that take part, or draft.
+        allowed: Which of their ids are allowed there, see `AllowedIds`.
+        parts: What is known of the members that ran, by member.
         proposal: The symbol that the next position of the block stands behind.
         is_guess: Whether the proposal was made before the symbol was chosen.
         choice: What it chose, once that is certain.
     """
 
-    def __init__(
-        self, step: DecodeStep, members: Sequence[int], distributions: Sequence[Callable[[LogitsRow], Candidates]]
-    ) -> None:
+    def __init__(self, step: DecodeStep, members: Sequence[int]) -> None:
         self.step = step
         self.members = members
-        self.ids: list[Ids] = [view.ids().copy() for view in step.views]  # copies: the state goes on changing
-        self.parts: dict[int, Candidates] = {}
+        self.ids: dict[int, Ids] = {}
+        self.allowed: dict[int, AllowedIds] = {}
+        self.parts: dict[int, Any] = {}
         self.proposal: int | None = None
         self.is_guess = False
         self.choice: Choice | None = None
-        self._filters = [view.top_k_filter for view in step.views]
-        self.allowed = [view.allowed_ids() for view in step.views]
-        self._distributions = distributions
+        self._filters: dict[int, TopKFilter | None] = {}
         for member in members:
+            self._read(member)
             if (row := step.observed_row(member)) is not None:
                 self.receive(member, row)
+
+    def _read(self, member: int) -> None:
+        """Keep what requests to a member say of the position, while the text ends there."""
+        view = self.step.views[member]
+        self.ids[member], self.allowed[member] = view.ids().copy(), view.allowed_ids()  # the state goes on changing
+        self._filters[member] = view.top_k_filter
 
     @abstractmethod
     def needs(self) -> Sequence[int]:
@@ -75,9 +81,16 @@ class Position(ABC):
         """Return the part of the member's logits that is needed; None for all of them."""
         return self._filters[member]
 
+    @abstractmethod
     def receive(self, member: int, logits: LogitsRow) -> None:
         """Take a member's logits."""
-        self.parts[member] = self._distributions[member](logits)
+
+    def run(self, member: int) -> RequestFlow[None]:
+        """Run a member, while the text ends at the position."""
+        if member not in self.ids:
+            self._read(member)
+        [rows] = yield [self.request(member)]
+        self.receive(member, rows[0])
 
 
 P = TypeVar("P", bound=Position)
@@ -104,10 +117,9 @@ def draft_block(
         position = position_at(current)
         positions.append(position)
         may_propose = proposals < block and (draft.member in (-1, *position.members) or _can_run(current, draft.member))
-        runs = draft.member >= 0 and (may_propose or draft.member in position.needs())
+        runs = draft.member >= 0 and position.choice is None and (may_propose or draft.member in position.needs())
         if runs and draft.member not in position.parts:
-            [rows] = yield [position.request(draft.member)]
-            position.receive(draft.member, rows[0])
+            yield from position.run(draft.member)
         if position.parts:
             position.advance()
         if len(positions) == limit:
@@ -116,7 +128,7 @@ def draft_block(
             position.proposal = position.choice.symbol
         elif may_propose:
             proposals += 1
-            guess = position.guess(draft.member) if draft.member >= 0 else (yield from draft.propose(current))
+            guess = position.guess(draft.member) if draft.member >= 0 else draft.propose(current)
             position.proposal, position.is_guess = guess, guess is not None
         if position.proposal is None:
             break
@@ -177,3 +189,26 @@ def _requests(waiting: Sequence[Position]) -> tuple[list[Request], list[list[Pos
             requests.append(group[-1].request(member, group[:-1]))
             covered.append(group)
     return requests, covered
+
+
+def prefix_groups(sequences: Sequence[Ids]) -> list[list[int]]:
+    """Group consecutive token sequences of which each begins with the one before; a group takes one forward.
+
+    Canonical tokens of a longer text do not always begin with those of a shorter one; a new group begins there.
+    """
+    groups: list[list[int]] = []
+    for index, ids in enumerate(sequences):
+        previous = sequences[index - 1] if index else None
+        if previous is not None and len(previous) <= len(ids) and np.array_equal(ids[: len(previous)], previous):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def allowed_after(sequences: Sequence[Ids], allowed: Sequence[AllowedIds]) -> AllowedIds:
+    """Return what is allowed after each prefix, from the shortest to the longest of a group; None in between."""
+    if not any(allowed):
+        return ()
+    masks = {len(ids): mask for ids, (mask,) in zip(sequences, allowed, strict=True)}
+    return [masks.get(length) for length in range(min(masks), max(masks) + 1)]

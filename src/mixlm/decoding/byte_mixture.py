@@ -65,7 +65,7 @@ def byte_mixture(member: int | None = None) -> Strategy:
                 choices.append(choice)
                 if choice.symbol in _STOPS or len(choices) == MAX_BYTES or choice.symbol == sampler.end:
                     return choices
-                following = step.push(choice.symbol)
+                following = yield from step.following(choice.symbol)
                 if following is None or coin(following) != z:
                     return choices
                 step = following

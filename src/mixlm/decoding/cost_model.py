@@ -23,8 +23,13 @@ from typing import NamedTuple
 import numpy as np
 
 from mixlm.engines.requests import Forward
+from mixlm.generation.sequence import SpeculationStats
 from mixlm.types import Floats
 
+BLOCKS = (1, 2, 3, 4, 6, 8)  # lengths of blocks that plans may have
+MIN_GAIN = 0.97  # a plan must be this much cheaper than one without drafts, or its forwards are not worth the variance
+TRIAL_INTERVAL = 64  # steps after which plans are estimated with at least the acceptance rate of a trial
+_TRIAL_ACCEPTANCE = 0.9
 _DEFAULT_SLOPE = 0.02  # of a further token, until forwards of several lengths have been seen
 _WINDOW = 64  # forwards, the latest of each member
 _MAX_TOKENS = 16  # longer forwards are prefills and tell little about decoding
@@ -50,9 +55,15 @@ ForwardSeconds = Callable[[int, float], float]
 class DraftPlan(NamedTuple):
     """The member that drafts, how many proposals of a block are verified, and the share of them that is accepted."""
 
-    draft: int
+    member: int
     block: int
     acceptance: float
+
+
+def smoothed_acceptance(stats: SpeculationStats, *, is_trial: bool) -> float:
+    """Return a draft's acceptance rate so far, smoothed towards that of a trial."""
+    measured = (stats.accepted + 4 * _TRIAL_ACCEPTANCE) / (stats.drafted + 4)
+    return max(measured, _TRIAL_ACCEPTANCE) if is_trial else measured
 
 
 class ForwardCostEstimator:
@@ -145,15 +156,15 @@ def mixture_seconds(weights: Floats, seconds: ForwardSeconds) -> float:
 
 def speculative_seconds(weights: Floats, costs: ForwardCosts, plan: DraftPlan) -> float:
     """Return the expected seconds of a token by `speculative`."""
-    draft, block, _ = plan
-    others = 1 - weights[draft]
+    member, block, _ = plan
+    others = 1 - weights[member]
     if others <= 0:
-        return costs(draft)
+        return costs(member)
     tokens = _expected_accepted(plan) / others
     length = (block + 1) / others
-    seconds = (length - 1) * costs(draft)
+    seconds = (length - 1) * costs(member)
     for i, weight in enumerate(weights):
-        if i != draft and weight > 0:
+        if i != member and weight > 0:
             runs = 1 - (1 - weight / others) ** (block + 1)
             # What it catches up with: its part of this block's text, and the blocks in which it did not run.
             seconds += runs * costs(i, tokens / runs + length - tokens)
@@ -162,9 +173,9 @@ def speculative_seconds(weights: Floats, costs: ForwardCosts, plan: DraftPlan) -
 
 def drafted_greedy_seconds(weights: Floats, costs: ForwardCosts, plan: DraftPlan) -> float:
     """Return the expected seconds of a token by `greedy` with a member as the draft."""
-    seconds = (plan.block + 1) * costs(plan.draft)
+    seconds = (plan.block + 1) * costs(plan.member)
     for i, weight in enumerate(weights):
-        if i != plan.draft and weight > 0:
+        if i != plan.member and weight > 0:
             seconds += costs(i, plan.block + 1)
     return float(seconds / _expected_accepted(plan))
 
@@ -212,8 +223,8 @@ def layered_drafted_seconds(
     """
     undecided = max(1 - decided, 0.03)
     positions, tokens = (plan.block + 1) / undecided, _expected_accepted(plan) / undecided
-    others = [member for member in members if member != plan.draft]
-    return (positions * costs(plan.draft, 1) + together_seconds(others, costs, batch_keys, positions)) / tokens
+    others = [member for member in members if member != plan.member]
+    return (positions * costs(plan.member, 1) + together_seconds(others, costs, batch_keys, positions)) / tokens
 
 
 def layered_lookup_seconds(

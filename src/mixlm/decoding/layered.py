@@ -38,26 +38,26 @@ from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
 from mixlm.decoding.blocks import MAX_BLOCK, draft_block, verify
 from mixlm.decoding.cost_model import (
+    BLOCKS,
+    MIN_GAIN,
+    TRIAL_INTERVAL,
     DraftPlan,
     ForwardCostEstimator,
     ForwardCosts,
     layered_drafted_seconds,
     layered_lookup_seconds,
     layered_seconds,
+    smoothed_acceptance,
     together_seconds,
 )
-from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft, NoDraft, build_draft
+from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft, build_draft
 from mixlm.decoding.rule_position import SampledPosition, checks_bounds
 from mixlm.generation.sequence import DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.generation.target import RuleTarget
 from mixlm.types import Floats
 
-BLOCKS = (1, 2, 3, 4, 6, 8)
 LOOKUP_BLOCKS = (1, 2, 3, 4)
 _EPOCH = 16  # positions
-_MIN_GAIN = 0.97  # a plan must be this much cheaper than one without drafts
-_TRIAL_INTERVAL = 64  # steps after which plans are estimated with at least the acceptance rate of a trial
-_TRIAL_ACCEPTANCE = 0.9
 _PRIOR_ACCEPTANCE = 0.5  # where members decide what is easy alone, and the rest is what they disagree on
 _PRIOR_MASS = 0.7  # with which a member decides alone, before any position has shown it
 
@@ -114,7 +114,7 @@ class Layered:
         self._steps = 0
         # Where members may decide alone, drafts are tried once it is known how often they do.
         self._decides_alone = target.has_bounds and not target.rule.speculates
-        self._next_trial = _TRIAL_INTERVAL if self._decides_alone else 0
+        self._next_trial = TRIAL_INTERVAL if self._decides_alone else 0
         self._masses = [_Mass() for _ in self._names]
         self._epoch = -1
         self._ranking: list[int] = []
@@ -175,7 +175,7 @@ class Layered:
         """Return the cheapest plan, by the times of forwards and what was decided and accepted so far."""
         is_trial = self._steps >= self._next_trial
         if is_trial:
-            self._next_trial = self._steps + _TRIAL_INTERVAL
+            self._next_trial = self._steps + TRIAL_INTERVAL
         costs, masses = self._costs.estimate(), np.array([self._expected_mass(member) for member in members])
         first = self._target.rule.first_member(self._target.weights(step, members))
         if first is None:
@@ -187,9 +187,9 @@ class Layered:
         if self._given is not None:
             return replace(self._given, together=together)
         if self._decides_alone and self._steps < _EPOCH:  # times and masses of few positions say little
-            return LayeredPlan(NoDraft(), 0, together)
+            return LayeredPlan(Draft(), 0, together)
         drafted = self._cheapest_draft(members, first * masses, costs, is_trial=is_trial)
-        if drafted is not None and drafted[0] < min(plain, at_once) * _MIN_GAIN:
+        if drafted is not None and drafted[0] < min(plain, at_once) * MIN_GAIN:
             return drafted[1]
         lookup = LookupDraft()
         if is_trial or lookup.name in self._stats:
@@ -199,9 +199,9 @@ class Layered:
                 for drafting in (DraftPlan(lookup.member, block, acceptance) for block in LOOKUP_BLOCKS)
             ]
             seconds, block = min(looked_up)
-            if seconds < min(plain, at_once) * _MIN_GAIN:
+            if seconds < min(plain, at_once) * MIN_GAIN:
                 return LayeredPlan(lookup, block, together)
-        return LayeredPlan(NoDraft(), 0, together)
+        return LayeredPlan(Draft(), 0, together)
 
     def _cheapest_draft(
         self, members: Sequence[int], decided: Floats, costs: ForwardCosts, *, is_trial: bool
@@ -229,10 +229,10 @@ class Layered:
         for record in (of_draft, self._total):
             record.drafted += stats.drafted
             record.accepted += stats.accepted
-        if self._given is None and self._decides_alone and isinstance(plan.draft, NoDraft):
-            self._observe(positions)
+        if self._given is None and self._decides_alone and plan.draft.name == Draft.name:
+            self._record_proposals(positions)
 
-    def _observe(self, positions: Sequence[SampledPosition]) -> None:
+    def _record_proposals(self, positions: Sequence[SampledPosition]) -> None:
         """Record whose proposals would have been right at positions where every member ran: nothing has to be tried."""
         for position in positions:
             if len(position.parts) < len(position.members):
@@ -257,8 +257,7 @@ class Layered:
         stats = self._stats.get(name, SpeculationStats())
         if self._decides_alone and name in self._names:
             return (stats.accepted + 4 * _PRIOR_ACCEPTANCE) / (stats.drafted + 4)
-        measured = (stats.accepted + 4 * _TRIAL_ACCEPTANCE) / (stats.drafted + 4)
-        return max(measured, _TRIAL_ACCEPTANCE) if is_trial else measured
+        return smoothed_acceptance(stats, is_trial=is_trial)
 
 
 def has_envelope(rule: Combination, members: int) -> bool:

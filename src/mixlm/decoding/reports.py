@@ -61,20 +61,20 @@ class TokenReport:
         self.top_k_filter = TopKFilter(min(_GROWTH * count, limit), self.top_k_filter.banned, normalized=True)
         return True
 
-    def is_open(self, symbols: Ids) -> npt.NDArray[np.bool_]:
+    def may_be_unreported(self, symbols: Ids) -> npt.NDArray[np.bool_]:
         """Return whether the member has tokens of each symbol that it did not report, bool (symbols,)."""
         own = self._member.symbols[self.tokens.ids]
-        reported = np.bincount(own[own >= 0], minlength=self._member.tokens_of.size)
-        left = self._member.tokens_of - reported
+        reported = np.bincount(own[own >= 0], minlength=self._member.tokens_per_symbol.size)
+        left = self._member.tokens_per_symbol - reported
         out = np.zeros(symbols.size, dtype=np.bool_)
         known = symbols < left.size
         out[known] = left[symbols[known]] > 0
         return out
 
     @property
-    def tokens_of_a_symbol(self) -> int:
+    def max_tokens_per_symbol(self) -> int:
         """The most tokens that the member has for one symbol."""
-        return int(self._member.tokens_of.max())
+        return int(self._member.tokens_per_symbol.max())
 
 
 def unreported(reports: Mapping[int, TokenReport], symbols: Ids, probs: Floats, *, of_unit: bool) -> Unreported | None:
@@ -93,5 +93,5 @@ def unreported(reports: Mapping[int, TokenReport], symbols: Ids, probs: Floats, 
         return Unreported.of(probs, list(partial))
     open_symbols = np.zeros(probs.shape, dtype=np.bool_)
     for row, report in partial.items():
-        open_symbols[row] = report.is_open(symbols)
-    return Unreported.of(probs, list(partial), open_symbols, max(r.tokens_of_a_symbol for r in partial.values()))
+        open_symbols[row] = report.may_be_unreported(symbols)
+    return Unreported.of(probs, list(partial), open_symbols, max(r.max_tokens_per_symbol for r in partial.values()))

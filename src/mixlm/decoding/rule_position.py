@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mixlm.core.combinations.base import TOLERANCE, Aligned, Combination, Unreported
 from mixlm.decoding.blocks import Position, draft_block, verify
-from mixlm.decoding.drafts import NoDraft
+from mixlm.decoding.drafts import Draft
 from mixlm.decoding.reports import TokenReport, unreported
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
@@ -39,10 +39,11 @@ class RulePosition(Position):
     def __init__(self, step: DecodeStep, target: RuleTarget, *, complete: bool = False, together: bool = False) -> None:
         members = target.members(step)
         self.reports = {
-            member: TokenReport(step.views[member].member) for member in members if step.views[member].member.reports
+            member: TokenReport(step.views[member].member) for member in members if step.views[member].member.is_partial
         }
         self._pending: set[int] = set()  # members that have to report more
-        super().__init__(step, members, target.distributions(step, normalize=False))
+        self._distributions = target.distributions(step, normalize=False)
+        super().__init__(step, members)
         self.target = target
         self.weights = target.weights(step, members)
         self.stages: list[list[int]] = [list(range(len(members)))]  # rows, in the order in which they are looked at
@@ -107,12 +108,11 @@ class RulePosition(Position):
         """Take a member's logits, or what it reports of them."""
         report = self.reports.get(member)
         if report is None:
-            super().receive(member, logits)
+            self.parts[member] = self._distributions[member](logits)
         else:
             report.add(logits)
             self._pending.discard(member)
-            super().receive(member, report.tokens)
-            self.parts[member] = report.part(self.parts[member])
+            self.parts[member] = report.part(self._distributions[member](report.tokens))
 
     def top_k_filter(self, member: int) -> TopKFilter | None:
         """Return the part of the member's logits that is needed; of a report, as many tokens as it is to have."""
@@ -184,10 +184,11 @@ class RulePosition(Position):
             self.check(distribution)
             symbol = self._decided[0]
         index = int(np.argmax(distribution.ids == symbol))
-        names = self.target
-        top_logprobs = tuple((names.symbol(self.step, top), p) for top, p in self.step.top_logprobs(distribution))
-        member = self.members[names.contributor(symbol, parts, self.weights)]
-        self.choice = Choice(names.symbol(self.step, symbol), member, float(distribution.logprobs[index]), top_logprobs)
+        target = self.target
+        top_logprobs = tuple((target.symbol(self.step, top), p) for top, p in self.step.top_logprobs(distribution))
+        member = self.members[target.contributor(symbol, parts, self.weights)]
+        logprob = float(distribution.logprobs[index])
+        self.choice = Choice(target.symbol(self.step, symbol), member, logprob, top_logprobs)
 
 
 class DensePosition(RulePosition):
@@ -397,7 +398,7 @@ def dense(target: RuleTarget) -> Strategy:
     """Return the strategy that runs every member and samples from what the rule makes of them."""
 
     def strategy(step: DecodeStep) -> Flow:
-        positions = yield from draft_block(step, NoDraft(), 0, lambda step: DensePosition(step, target))
+        positions = yield from draft_block(step, Draft(), 0, lambda step: DensePosition(step, target))
         return (yield from verify(positions, SpeculationStats()))
 
     return strategy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
-from mixlm.decoding.engine_sampling import generate_run, sample_request
+from mixlm.decoding.mixture import generate_run, sample_request
 from mixlm.errors import UnsupportedError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 

@@ -11,36 +11,21 @@ A block ends just before a position of another member: the forward that verifies
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
-from mixlm.decoding.drafts import Draft, allowed_after, build_draft, prefix_groups
-from mixlm.engines.requests import AllowedIds, LogitsRequest, SampleRequest, SampleResponse
+from mixlm.decoding.blocks import Position, draft_block, verify
+from mixlm.decoding.drafts import Draft, build_draft
+from mixlm.engines.requests import SampleRequest, SampleResponse
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
-from mixlm.types import Ids, LogitsRow, TopKFilter
-
-MAX_BLOCK = 32  # positions
+from mixlm.types import LogitsRow
 
 
 def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     """Return the strategy with the draft of the options, else the default draft."""
     return speculative(build_draft(options.draft, context), options.block, context.speculation)
-
-
-@dataclass(slots=True)
-class _Position:
-    """One position of a block: its coin, and what it takes to sample there."""
-
-    member: int
-    ids: Ids
-    sample: Callable[[LogitsRow], SampleResponse]
-    top_k_filter: TopKFilter | None
-    allowed: AllowedIds
-    proposal: int | None = None
-    response: SampleResponse | None = None
 
 
 def speculative(draft: Draft, block: int, stats: SpeculationStats | None = None) -> Strategy:
@@ -51,64 +36,51 @@ def speculative(draft: Draft, block: int, stats: SpeculationStats | None = None)
         block: Proposals of a block that are verified, at most; with 0 it is the mixture itself.
         stats: Records how many were verified and accepted.
     """
-    stats = stats or SpeculationStats()
 
     def strategy(step: DecodeStep) -> Flow:
-        positions = yield from _draft_block(step, draft, block)
-        return (yield from verify(positions, stats))
+        positions = yield from draft_block(step, draft, block, CoinPosition)
+        return (yield from verify(positions, stats or SpeculationStats()))
 
     return strategy
 
 
-def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list[_Position]]:
-    positions: list[_Position] = []
-    current: DecodeStep | None = step
-    proposals = 0
-    while current is not None and len(positions) < MAX_BLOCK:
-        member = current.noise.coin(current.weights)
-        view = current.views[member]
-        # A copy: the state goes on changing.
-        sampler, allowed = view.sampler(current.noise), view.allowed_ids()
-        position = _Position(member, view.ids().copy(), sampler, view.top_k_filter, allowed)
-        positions.append(position)
-        if (row := current.observed_row(member)) is not None:
-            position.response = position.sample(row)
-            position.proposal = position.response.symbol
-        elif member == draft.member:
-            [response] = yield [SampleRequest(member, view.ids(), sampler, view.top_k_filter, allowed=allowed)]
-            position.response = response
-            position.proposal = response.symbol
-        elif proposals < block:
-            position.proposal = yield from draft.propose(current)
-            proposals += 1
-        if position.proposal is None:
-            break
-        current = yield from current.following(position.proposal)
-    return positions
+class CoinPosition(Position):
+    """A position whose symbol is a sample of the member that the coin falls on."""
 
+    def __init__(self, step: DecodeStep) -> None:
+        self._samplers: dict[int, Callable[[LogitsRow], SampleResponse]] = {}
+        super().__init__(step, [step.noise.coin(step.weights)])
 
-def verify(positions: list[_Position], stats: SpeculationStats) -> Flow:
-    """Run the members at their positions, the earliest first, until a proposal is rejected or all are sampled."""
-    length = len(positions)
-    while waiting := [position for position in positions[:length] if position.response is None]:
-        member = waiting[0].member
-        same_member = [position for position in waiting if position.member == member]
-        group = [same_member[index] for index in prefix_groups([position.ids for position in same_member])[0]]
-        ids, shortest = group[-1].ids, len(group[0].ids)
-        allowed = allowed_after([position.ids for position in group], [position.allowed for position in group])
-        last = len(ids) - shortest + 1
-        [rows] = yield [LogitsRequest(member, ids, last, group[0].top_k_filter, allowed=allowed)]
-        for position in group:
-            position.response = position.sample(rows[len(position.ids) - shortest])
-            if position.proposal is None:
-                continue
-            stats.drafted += 1
-            if position.proposal != position.response.symbol:
-                length = next(index for index, other in enumerate(positions) if other is position) + 1
-                break
-            stats.accepted += 1
-    return [
-        Choice(position.response.symbol, position.member, position.response.logprob, position.response.top_logprobs)
-        for position in positions[:length]
-        if position.response is not None
-    ]
+    def _read(self, member: int) -> None:
+        super()._read(member)
+        self._samplers[member] = self.step.views[member].sampler(self.step.noise)
+
+    def needs(self) -> Sequence[int]:
+        """Return the coin's member until it has run."""
+        return self.members if self.choice is None else ()
+
+    def advance(self) -> None:
+        """Do nothing: the symbol is chosen once its member has run."""
+
+    def guess(self, member: int) -> int | None:
+        """Return what the member samples with the noise of the position."""
+        return int(self.parts[member].symbol)
+
+    def receive(self, member: int, logits: LogitsRow) -> None:
+        """Sample from a member's logits."""
+        self._take(member, self._samplers[member](logits))
+
+    def run(self, member: int) -> RequestFlow[None]:
+        """Sample from a member, which its engine may do on the device, or from what the router has observed of it."""
+        if member not in self.ids:
+            self._read(member)
+        if (row := self.step.observed_row(member)) is not None:
+            return self.receive(member, row)
+        ids, sample, allowed = self.ids[member], self._samplers[member], self.allowed[member]
+        [response] = yield [SampleRequest(member, ids, sample, self.top_k_filter(member), allowed=allowed)]
+        self._take(member, response)
+
+    def _take(self, member: int, sample: SampleResponse) -> None:
+        self.parts[member] = sample
+        if member in self.members:
+            self.choice = Choice(sample.symbol, member, sample.logprob, sample.top_logprobs)

@@ -39,8 +39,9 @@ import numpy.typing as npt
 
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
+from mixlm.core.sampling import log_softmax
 from mixlm.decoding import StrategyContext
-from mixlm.decoding.drafts import allowed_after, prefix_groups
+from mixlm.decoding.blocks import allowed_after, prefix_groups
 from mixlm.engines.requests import AllowedIds, LogitsRequest, SampleResponse
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.member import MemberView
@@ -142,7 +143,7 @@ class _Block:
                 self._written.append((yield from self._next_symbol(current)))
                 if verified := self._verified():
                     return verified
-                current = current.push(self._written[-1].choice.symbol)
+                current = yield from current.following(self._written[-1].choice.symbol)
         except _WordContinuesError:
             pass
         while not (verified := self._verified()):
@@ -308,7 +309,4 @@ def _sample_first(
         kept = np.isfinite(logprobs)
         if not kept.any():
             return None, 0.0
-    symbols, logprobs = symbols[kept], logprobs[kept]
-    top = logprobs.max()
-    logprobs = logprobs - top - np.log(np.exp(logprobs - top).sum())
-    return view.sample(Candidates(symbols, logprobs), noise), mass
+    return view.sample(Candidates(symbols[kept], log_softmax(logprobs[kept])), noise), mass

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 from mixlm.engines.base import Engine, Session
 from mixlm.engines.requests import Request, Response, to_response
 from mixlm.errors import EngineError, MemoryLimitError, MixlmError
-from mixlm.types import Ids
 
 _MAX_THREADS = 32
 
@@ -118,24 +117,16 @@ def to_mixlm_error(error: Exception) -> MixlmError:
     return wrapped
 
 
-def check_ids(engine: Engine, ids: Ids, name: str | None = None) -> None:
-    """Raise TokenizerError for ids, int64 (n,), that the model has no row for: a forward pass would fail on them.
-
-    name: of the member, for the message.
-    """
-    engine.vocabulary.check_rows(ids, name or engine.name)
-
-
 def _call(requests: Sequence[EngineRequest]) -> list[Response]:
     for engine, _, request in requests:
-        check_ids(engine, request.ids)
+        engine.vocabulary.check_rows(request.ids, engine.name)
     return requests[0].engine.respond([(session, request) for _, session, request in requests])
 
 
 def _submit(request: EngineRequest) -> Future[Any]:
     """Start a request of an asynchronous engine; what is raised here is in the future."""
     try:
-        check_ids(request.engine, request.request.ids)
+        request.engine.vocabulary.check_rows(request.request.ids, request.engine.name)
         return request.engine.submit(request.session, request.request)
     except Exception as error:
         failed: Future[Any] = Future()
@@ -161,16 +152,6 @@ def _respond_each(requests: Sequence[EngineRequest]) -> list[Response | MixlmErr
         if len(requests) == 1:
             return [to_mixlm_error(error)]
     return [response for request in requests for response in _respond_each([request])]
-
-
-def without_requests(flow: RequestFlow[T]) -> T:
-    """Return the result of a flow that requests nothing."""
-    try:
-        next(flow)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    raise AssertionError("the flow has a request")
 
 
 def drive(flow: RequestFlow[T], respond: Callable[[list[Request]], list[Response]]) -> T:

@@ -20,7 +20,7 @@ from mixlm.engines.base import Session
 from mixlm.engines.requests import Request, Response
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError, RequestRefusedError
 from mixlm.generation.dispatch import Dispatcher, EngineRequest, MemberError, RequestFlow, drive
-from mixlm.generation.member import Member
+from mixlm.generation.member import Member, address
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.sequence import Choice, SequenceState, SpeculationStats, Strategy
 from mixlm.routing.base import CheckedRoute, FixedRouter, PromptContext, Router, observed_by
@@ -90,7 +90,7 @@ class GenerationContext:
     def decode_step(self, sequence: SequenceState, noise: Noise, max_symbols: int = 1) -> list[Choice]:
         """Return the next 1 to `max_symbols` symbols of a sequence, which is not changed."""
         flow = sequence.decode_step(self.strategy, noise, max_symbols)
-        return drive(flow, lambda requests: self.dispatcher.respond(sequence.address(requests)))
+        return drive(flow, lambda requests: self.dispatcher.respond(address(requests, self.members, self.sessions)))
 
     def start(self, prompt: EncodedPrompt) -> Generation:
         """Return the generation of a completion; it runs when it is iterated over."""
@@ -192,10 +192,7 @@ class Generation(Iterator[Token]):
 
     def address(self, requests: Sequence[Request]) -> list[EngineRequest]:
         """Return requests with the engines and sessions that respond to them."""
-        return [
-            EngineRequest(self.members[request.member].engine, self.sessions[request.member], request)
-            for request in requests
-        ]
+        return address(requests, self.members, self.sessions)
 
     def resume(self, responses: list[Response]) -> None:
         """Continue with the responses to `requests`, in their order."""
@@ -329,7 +326,7 @@ class Generation(Iterator[Token]):
             try:
                 choices = yield from sequence.decode_step(self._context.strategy, noise, max_symbols)
                 if self._context.settings.wants_ensemble_logprobs:
-                    from mixlm.generation.ensemble_logprobs import ensemble_logprobs
+                    from mixlm.generation.next_distribution import ensemble_logprobs
 
                     repeat = ensemble_logprobs(choices, self._context.target)
                     choices = yield from sequence.decode_step(repeat, noise, len(choices))
@@ -363,13 +360,9 @@ class Generation(Iterator[Token]):
 
     def _token(self, choice: Choice) -> Token:
         """Return a choice as a token whose text is not known yet."""
-        top_logprobs = tuple(TopLogprob(self._bytes(symbol), logprob) for symbol, logprob in choice.top_logprobs)
-        name = self.members[choice.member].name
-        return Token("", self._bytes(choice.symbol), name, choice.logprob, top_logprobs)
-
-    def _bytes(self, symbol: int) -> bytes:
-        """Return a symbol's bytes; none for end-of-text."""
-        return b"" if symbol == self._context.unit.end else self._context.unit.symbol_bytes(symbol)
+        data, name = self._context.unit.symbol_bytes, self.members[choice.member].name
+        top_logprobs = tuple(TopLogprob(data(symbol), logprob) for symbol, logprob in choice.top_logprobs)
+        return Token("", data(choice.symbol), name, choice.logprob, top_logprobs)
 
     def _emit(self, tokens: Sequence[Token]) -> None:
         self._tokens += tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple, cast
@@ -15,10 +15,10 @@ from mixlm.core.grammar import Grammar, TokenMask
 from mixlm.core.mixing import pool
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import ReportTransform, TokenHistory, Transform, top_logprobs
-from mixlm.engines.base import Engine
-from mixlm.engines.requests import AllowedIds, LogitsRequest, SampleResponse
+from mixlm.engines.base import Engine, Session
+from mixlm.engines.requests import AllowedIds, LogitsRequest, Request, SampleResponse
 from mixlm.errors import UnsupportedError
-from mixlm.generation.dispatch import RequestFlow
+from mixlm.generation.dispatch import EngineRequest, RequestFlow
 from mixlm.types import Candidates, Ids, Logits, LogitsProcessor, LogitsRow, TopKFilter
 from mixlm.units.base import TextState, mark_duplicates
 
@@ -100,12 +100,12 @@ class Member:
             _check_top_k_limit(self, takes_more=options.takes_more)
 
     @property
-    def reports(self) -> bool:
+    def is_partial(self) -> bool:
         """Whether its distributions are lower bounds: what its engine reports of them."""
         return isinstance(self.transform, ReportTransform)
 
     @cached_property
-    def tokens_of(self) -> Ids:
+    def tokens_per_symbol(self) -> Ids:
         """How many of its ids stand for each symbol, int64 (symbols,)."""
         return np.bincount(self.symbols[self.symbols >= 0])
 
@@ -141,24 +141,28 @@ class Member:
         return Candidates(symbols, out)
 
 
+def address(requests: Sequence[Request], members: Sequence[Member], sessions: Sequence[Session]) -> list[EngineRequest]:
+    """Return requests with the engines and sessions that respond to them."""
+    return [EngineRequest(members[request.member].engine, sessions[request.member], request) for request in requests]
+
+
 class MemberView:
-    """One member's view of one sequence. member: the part of it that is the same for every sequence."""
+    """One member's view of one sequence.
+
+    member: the part of it that is the same for every sequence. state: the sequence's text, to be read;
+    `DecodeStep.following` is what changes it.
+    """
 
     def __init__(self, member: Member, index: int, state: TextState) -> None:
         self.member = member
         self._index = index
-        self._state = state
+        self.state = state
         self._matcher = None if member.grammar is None else member.grammar.matcher()
         self._mask: tuple[bytes, TokenMask | None] | None = None  # the latest text, and what may follow it
 
-    @property
-    def state(self) -> TextState:
-        """The sequence's text, to be read: `DecodeStep.push` is what changes it."""
-        return self._state
-
     def ids(self) -> Ids:
         """Return the member's tokens for prompt and text: `τ_i(s)`, int64 (n,)."""
-        return self._state.ids(self._index)
+        return self.state.ids(self._index)
 
     def symbol(self, token: int) -> int:
         """Return the shared symbol of one of the member's ids; -1 for one that it may not sample."""
@@ -209,7 +213,7 @@ class MemberView:
         """Return the grammar's mask after the text as it is now, or after a prefix of it; None without a grammar."""
         if self._matcher is None:
             return None
-        text = self._state.tail(sys.maxsize) if text is None else text
+        text = self.state.tail(sys.maxsize) if text is None else text
         if self._mask is None or self._mask[0] != text:
             self._mask = text, self._matcher.allowed(text)
         return self._mask[1]
@@ -278,7 +282,7 @@ class MemberView:
             return distribution
         if self._matcher is None:
             return lambda logits: distribution(logits, history)
-        before = self._state.tail(sys.maxsize) if text is None else text
+        before = self.state.tail(sys.maxsize) if text is None else text
         return lambda logits: distribution(logits, history, self._allowed(before))
 
     def bind_token_distribution(self) -> Callable[[LogitsRow], Candidates]:
@@ -308,7 +312,7 @@ class MemberView:
         """Return the tokens so far where a penalty depends on them."""
         if not self.member.transform.sampling.has_penalties:
             return None
-        ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
+        ids, prompt = self.ids() if ids is None else ids, self.state.prompt_length(self._index)
         return TokenHistory.from_tokens(ids[:prompt], ids[prompt:])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from mixlm.core.mixing import mix
 from mixlm.core.rng import Noise
 from mixlm.generation.dispatch import RequestFlow
-from mixlm.generation.sequence import DecodeStep, Flow
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 from mixlm.types import Candidates, Floats, Ids
 
 if TYPE_CHECKING:
@@ -57,21 +57,21 @@ class NextDistribution:
     _unit: Unit = field(repr=False)
 
     @cached_property
-    def units(self) -> tuple[bytes, ...]:
+    def symbol_bytes(self) -> tuple[bytes, ...]:
         """The bytes of each symbol; `b""` is end of text."""
-        return self._spell(self.symbols)
+        return tuple(map(self._unit.symbol_bytes, self.symbols.tolist()))
 
-    def _spell(self, symbols: Ids) -> tuple[bytes, ...]:
-        unit = self._unit
-        return tuple(b"" if symbol == unit.end else unit.symbol_bytes(symbol) for symbol in symbols.tolist())
+    @property
+    def units(self) -> tuple[bytes, ...]:
+        """Another name of `symbol_bytes`."""
+        return self.symbol_bytes
 
     def __len__(self) -> int:
         return len(self.symbols)
 
     def __repr__(self) -> str:
-        top = ", ".join(
-            f"{unit!r}: {prob:.3g}" for unit, prob in zip(self._spell(self.symbols[:5]), self.probs[:5], strict=True)
-        )
+        first = zip(self.symbols[:5].tolist(), self.probs[:5], strict=True)
+        top = ", ".join(f"{self._unit.symbol_bytes(symbol)!r}: {prob:.3g}" for symbol, prob in first)
         return f"<NextDistribution of {len(self)} symbols by {', '.join(self.names)}: {top}{', …' * (len(self) > 5)}>"
 
 
@@ -89,6 +89,28 @@ def ensemble_parts(step: DecodeStep, target: RuleTarget | None) -> RequestFlow[E
         return EnsembleParts(members, weights, parts, mix([*zip(weights.tolist(), parts, strict=True)]))
     combined = target.in_symbols(step, target.combine(members, parts, weights))
     return EnsembleParts(members, weights, [target.in_symbols(step, part) for part in parts], combined)
+
+
+def ensemble_logprobs(choices: Sequence[Choice], target: RuleTarget | None) -> Strategy:
+    """Return the strategy that repeats these choices with the ensemble's log-probability and `top_logprobs`.
+
+    Every member with weight runs at each of the positions, without another forward where it ran there already: the text
+    is that of the strategy that chose, and the cost is conventional's. target: as of `ensemble_parts`.
+    """
+
+    def strategy(step: DecodeStep) -> Flow:
+        current: DecodeStep | None = step
+        repeated: list[Choice] = []
+        for choice in choices:
+            assert current is not None
+            ensemble = (yield from ensemble_parts(current, target)).combined
+            index = np.flatnonzero(ensemble.ids == choice.symbol)
+            logprob = float(ensemble.logprobs[index[0]]) if index.size else -np.inf
+            repeated.append(choice._replace(logprob=logprob, top_logprobs=current.top_logprobs(ensemble)))
+            current = (yield from current.following(choice.symbol)) if len(repeated) < len(choices) else None
+        return repeated
+
+    return strategy
 
 
 def dense_parts(symbols: Ids, parts: Sequence[Candidates]) -> Floats:

@@ -9,8 +9,7 @@ from typing import Any
 from mixlm.core.options import GenerationOptions
 from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError, PromptTooLongError
-from mixlm.generation.dispatch import check_ids
-from mixlm.tokenization.chat_template import PromptForm
+from mixlm.tokenization.prompt_encoder import PromptForm
 from mixlm.types import ROLES, Ids, Message, ToolCall
 
 Prompt = str | Sequence[Message | Mapping[str, Any]]
@@ -53,7 +52,7 @@ def encode_prompt(
     for engine, name, ids in zip(engines, names, encoded, strict=True):
         if len(ids) == 0:
             raise ConfigError(f"the prompt has no tokens for {name}", "give a prompt that is not empty")
-        check_ids(engine, ids, name)
+        engine.vocabulary.check_rows(ids, name)
         if len(ids) >= engine.context_length:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens for {name}, whose context holds {engine.context_length}",

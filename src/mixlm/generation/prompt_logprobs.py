@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.core.mixing import mixture_logprobs, segment_responsibilities
-from mixlm.core.sampling import top_logprobs
+from mixlm.core.sampling import log_softmax, top_logprobs
 from mixlm.engines.base import Session
 from mixlm.engines.requests import LogitsAndHidden, LogitsRequest, Request, Response, ScoreRequest
 from mixlm.errors import ConfigError, UnsupportedError
@@ -169,15 +169,15 @@ class _Wanted(NamedTuple):
 
 def _stack(name: str, observations: Sequence[Observation | None]) -> ObservedStates:
     """Return observations as one; for a text's first token that nothing precedes, that of the next one."""
-    known = [seen for seen in observations if seen is not None]
+    known = [observed for observed in observations if observed is not None]
     if not known:
         raise ConfigError("the prompt is too short to be scored with a router that observes a member", "lengthen it")
-    filled = [known[0] if seen is None else seen for seen in observations]
-    hidden = [seen.hidden for seen in filled if seen.hidden is not None]
+    filled = [known[0] if observed is None else observed for observed in observations]
+    hidden = [observed.hidden for observed in filled if observed.hidden is not None]
     return ObservedStates(
         name,
-        np.array([seen.ids for seen in filled]),
-        np.array([seen.logprobs for seen in filled]),
+        np.array([observed.ids for observed in filled]),
+        np.array([observed.logprobs for observed in filled]),
         np.array(hidden) if hidden else None,
     )
 
@@ -214,10 +214,8 @@ def _score(
         [response] = yield [LogitsRequest(index, prompt.ids[: end - 1], end - start, hidden=hidden)]
         logits, states = response if isinstance(response, LogitsAndHidden) else (response, None)
         for place, position in enumerate(range(start, min(end, len(prompt.ids)))):
-            row = logits[place]
-            values = np.array(row, dtype=np.float64)
-            values -= values.max()
-            values -= np.log(np.exp(values).sum())
+            row = np.asarray(logits[place])  # all of them: there is no filter
+            values = log_softmax(row)
             number = position - prompt.first
             prompt.logprobs[number] = values[prompt.ids[position]]
             if number in wanted.tokens and wanted.observes is not None:
@@ -235,6 +233,4 @@ def symbol_logprobs(unit: Unit, probabilities: Floats, count: int) -> tuple[TopL
     """Return the most likely symbols of a distribution, float64 (symbols,)."""
     symbols = np.flatnonzero(probabilities)
     top = top_logprobs(Candidates(symbols, np.log(probabilities[symbols])), count)
-    return tuple(
-        TopLogprob(b"" if symbol == unit.end else unit.symbol_bytes(symbol), logprob) for symbol, logprob in top
-    )
+    return tuple(TopLogprob(unit.symbol_bytes(symbol), logprob) for symbol, logprob in top)

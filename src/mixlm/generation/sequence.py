@@ -17,9 +17,9 @@ import numpy as np
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import top_logprobs
 from mixlm.engines.base import Session
-from mixlm.engines.requests import LogitsAndHidden, LogitsRequest, Request
+from mixlm.engines.requests import LogitsAndHidden, LogitsRequest
 from mixlm.errors import EngineError, UnsupportedError
-from mixlm.generation.dispatch import EngineRequest, RequestFlow, without_requests
+from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.member import Member, MemberView
 from mixlm.routing.base import CheckedRoute, Observation, ObservedRow
 from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopLogprobs
@@ -61,28 +61,21 @@ class DecodeStep:
         weights: float64 (members,), summing to 1.
         noise: That of the position.
         views: Each member's view of the sequence.
-        push: Appends a symbol for the time of this decode step, so that views see the longer text, and returns the step
-            at the next position; None where the text ends there. Pushed symbols are removed when the strategy is done.
+        following: Appends a symbol for the time of this decode step, so that views see the longer text, and returns the
+            step at the next position; None where the text ends there. It requests what the router observes there. The
+            symbols are removed when the strategy is done.
         max_symbols: Symbols that it may choose, of this position and the next ones.
         unavailable: Members that stopped answering; their weight is 0.
         observed: The member that the router observes, with its logits here; None for a router of the text alone.
-        advance: What `push` does, with the requests of the router's observation at the next position.
     """
 
     weights: Floats
     noise: Noise
     views: Sequence[MemberView]
-    push: Callable[[int], DecodeStep | None]
+    following: Callable[[int], RequestFlow[DecodeStep | None]]
     max_symbols: int = 1
     unavailable: Container[int] = ()
     observed: ObservedRow | None = None
-    advance: Callable[[int], RequestFlow[DecodeStep | None]] | None = None
-
-    def following(self, symbol: int) -> RequestFlow[DecodeStep | None]:
-        """Push a symbol and return the step at the next position, as `push` does, with any router."""
-        if self.advance is None:
-            return self.push(symbol)
-        return (yield from self.advance(symbol))
 
     def observed_row(self, member: int) -> LogitsRow | None:
         """Return a member's logits where the router has observed them at this position; they need no request.
@@ -162,27 +155,17 @@ class SequenceState:
             weights = self.route(self.state, seen)
             if self.unavailable is not None:
                 weights = self.unavailable.weights(weights)
-            push_next = partial(push, at_position)
             return DecodeStep(
                 self._without_stuck(weights),
                 at_position,
                 self.views,
-                push_next,
+                partial(following, at_position),
                 max_symbols - len(pushed),
                 () if self.unavailable is None else self.unavailable,
                 observed,
-                partial(advance, at_position),
             )
 
-        def push(at_position: Noise, symbol: int) -> DecodeStep | None:
-            if self.route.observes is not None:
-                raise UnsupportedError(
-                    "this method cannot follow a router that observes a member",
-                    "use the method mixture, speculative or conventional, or a router of the text",
-                )
-            return without_requests(advance(at_position, symbol))
-
-        def advance(at_position: Noise, symbol: int) -> RequestFlow[DecodeStep | None]:
+        def following(at_position: Noise, symbol: int) -> RequestFlow[DecodeStep | None]:
             if symbol == self._unit.end or len(pushed) + 1 >= max_symbols:
                 return None
             pushed.append(symbol)
@@ -194,13 +177,6 @@ class SequenceState:
         finally:
             self.state.rollback(len(pushed))
             self._budget.bytes_written -= sum(len(self._unit.symbol_bytes(symbol)) for symbol in pushed)
-
-    def address(self, requests: Sequence[Request]) -> list[EngineRequest]:
-        """Return requests with the engines and sessions that respond to them."""
-        return [
-            EngineRequest(self.members[request.member].engine, self.sessions[request.member], request)
-            for request in requests
-        ]
 
     def _observe(self) -> RequestFlow[tuple[ObservedRow | None, Observation | None]]:
         """Return the logits of the member that the router observes, and what the route gets of them."""

@@ -6,6 +6,7 @@ tokens a member has for a text (the function `τ_i`). A symbol is an integer; th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -56,42 +57,6 @@ class TextView(Protocol):
         ...
 
 
-class TextState(TextView, Protocol):
-    """The text generated so far, as every member reads it; it grows at its end and can be rolled back."""
-
-    def append(self, symbol: int) -> None:
-        """Add a symbol that is not end-of-text."""
-        ...
-
-    def rollback(self, count: int) -> None:
-        """Remove the last `count` symbols."""
-        ...
-
-
-class Unit(Protocol):
-    """The symbols in which members share one text. end: the symbol of end-of-text."""
-
-    name: str
-    traits: UnitTraits
-    end: int
-
-    def symbols(self, member: int) -> Ids:
-        """Return the shared symbol of each of the member's ids, int64 (vocab,); -1 for ids it may not sample."""
-        ...
-
-    def symbol_bytes(self, symbol: int) -> bytes:
-        """Return the bytes that a symbol adds to the text."""
-        ...
-
-    def without_owner(self, symbols: Ids) -> Ids:
-        """Return symbols, int64 (n,), that are equal for equal bytes, whichever member they belong to."""
-        ...
-
-    def initial_state(self, prompts: Sequence[Ids]) -> TextState:
-        """Return the state of an empty text after each member's prompt."""
-        ...
-
-
 class TokenBuffer:
     """One member's tokens: a prompt, then tokens whose end can be replaced."""
 
@@ -114,6 +79,62 @@ class TokenBuffer:
     def ids(self) -> Ids:
         """All tokens, as a view that the next `replace_tail` may change."""
         return self._buffer[: self._length]
+
+
+class TextState(ABC):
+    """The text generated so far, as every member reads it; it grows at its end and can be rolled back."""
+
+    def __init__(self, unit: Unit, prompts: Sequence[Ids]) -> None:
+        self._unit = unit
+        self._text = bytearray()
+        self._prompt_lengths = [prompt.size for prompt in prompts]
+        self._buffers = [TokenBuffer(prompt) for prompt in prompts]
+
+    @abstractmethod
+    def append(self, symbol: int) -> None:
+        """Add a symbol that is not end-of-text."""
+
+    @abstractmethod
+    def rollback(self, count: int) -> None:
+        """Remove the last `count` symbols."""
+
+    def ids(self, member: int) -> Ids:
+        """Return the member's prompt and its tokens for the text: int64 (n,), valid until the state changes."""
+        return self._buffers[member].ids
+
+    def prompt_length(self, member: int) -> int:
+        """Return the length of the member's prompt in tokens."""
+        return self._prompt_lengths[member]
+
+    def tail(self, length: int) -> bytes:
+        """Return at most the last `length` bytes of the text."""
+        return bytes(self._text[max(len(self._text) - length, 0) :])
+
+
+class Unit(ABC):
+    """The symbols in which members share one text. end: the symbol of end-of-text."""
+
+    name: str
+    traits: UnitTraits
+    end: int
+    _symbols: list[Ids]
+    _pieces: Sequence[bytes]
+
+    def symbols(self, member: int) -> Ids:
+        """Return the shared symbol of each of the member's ids, int64 (vocab,); -1 for ids it may not sample."""
+        return self._symbols[member]
+
+    def symbol_bytes(self, symbol: int) -> bytes:
+        """Return the bytes that a symbol adds to the text: none for end-of-text."""
+        return b"" if symbol == self.end else self._pieces[symbol]
+
+    def without_owner(self, symbols: Ids) -> Ids:
+        """Return symbols, int64 (n,), that are equal for equal bytes, whichever member they belong to."""
+        return symbols
+
+    @abstractmethod
+    def initial_state(self, prompts: Sequence[Ids]) -> TextState:
+        """Return the state of an empty text after each member's prompt."""
 
 
 def mark_duplicates(symbols: Ids) -> npt.NDArray[np.bool_]:

@@ -14,10 +14,10 @@ import numpy as np
 from mixlm.tokenization.incremental import Encoder, IncrementalEncoder
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids
-from mixlm.units.base import PIECE_TRAITS, TokenBuffer
+from mixlm.units.base import PIECE_TRAITS, TextState, Unit
 
 
-class PieceUnit:
+class PieceUnit(Unit):
     """Symbols number the distinct byte strings of all members' tokens.
 
     Args:
@@ -43,32 +43,17 @@ class PieceUnit:
         for vocabulary, array in zip(vocabularies, self._symbols, strict=True):
             array[list(vocabulary.end_ids)] = self.end
 
-    def symbols(self, member: int) -> Ids:
-        """Return the shared symbol of each of the member's ids; -1 for special tokens and padding."""
-        return self._symbols[member]
-
-    def symbol_bytes(self, symbol: int) -> bytes:
-        """Return the byte string of a symbol."""
-        return self._pieces[symbol]
-
-    def without_owner(self, symbols: Ids) -> Ids:
-        """Return the symbols as they are: they belong to no member."""
-        return symbols
-
     def initial_state(self, prompts: Sequence[Ids]) -> PieceState:
         """Return the state of an empty text after each member's prompt."""
         return PieceState(self, self._encoders, prompts)
 
 
-class PieceState:
+class PieceState(TextState):
     """The bytes generated so far. A member's tokens are brought up to date when `ids` asks for them."""
 
     def __init__(self, unit: PieceUnit, encoders: Sequence[Encoder], prompts: Sequence[Ids]) -> None:
-        self._unit = unit
-        self._text = bytearray()
+        super().__init__(unit, prompts)
         self._lengths: list[int] = []  # of the text in front of each symbol
-        self._prompt_lengths = [prompt.size for prompt in prompts]
-        self._buffers = [TokenBuffer(prompt) for prompt in prompts]
         self._encodings = [IncrementalEncoder(encoder) for encoder in encoders]
         self._encoded = [0] * len(prompts)  # length of the text that each buffer stands for
 
@@ -94,11 +79,3 @@ class PieceState:
             self._buffers[member].replace_tail(*self._encodings[member].update(self._text))
             self._encoded[member] = len(self._text)
         return self._buffers[member].ids
-
-    def prompt_length(self, member: int) -> int:
-        """Return the length of the member's prompt in tokens."""
-        return self._prompt_lengths[member]
-
-    def tail(self, length: int) -> bytes:
-        """Return at most the last `length` bytes of the text."""
-        return bytes(self._text[max(len(self._text) - length, 0) :])

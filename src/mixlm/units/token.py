@@ -12,7 +12,7 @@ import numpy as np
 
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids
-from mixlm.units.base import TokenBuffer, UnitTraits
+from mixlm.units.base import TextState, Unit, UnitTraits
 
 
 def vocabulary_conflict(vocabularies: Sequence[Vocabulary]) -> str | None:
@@ -28,7 +28,7 @@ def vocabulary_conflict(vocabularies: Sequence[Vocabulary]) -> str | None:
     return None
 
 
-class TokenUnit:
+class TokenUnit(Unit):
     """Symbols are the shared ids, and the state of a text is the ids themselves."""
 
     name = "token"
@@ -38,7 +38,7 @@ class TokenUnit:
         self.end = max(vocabulary.size for vocabulary in vocabularies)
         common_size = min(vocabulary.size for vocabulary in vocabularies)
         shared = np.flatnonzero([all(v.tokens[i] for v in vocabularies) for i in range(common_size)])
-        self._tokens = vocabularies[0].tokens
+        self._pieces = vocabularies[0].tokens
         self._symbols = []
         for vocabulary in vocabularies:
             symbols = np.full(vocabulary.size, -1, dtype=np.int64)
@@ -46,31 +46,13 @@ class TokenUnit:
             symbols[list(vocabulary.end_ids)] = self.end
             self._symbols.append(symbols)
 
-    def symbols(self, member: int) -> Ids:
-        """Return the shared symbol of each of the member's ids; -1 for masked ids."""
-        return self._symbols[member]
-
-    def symbol_bytes(self, symbol: int) -> bytes:
-        """Return the bytes of a shared id."""
-        return self._tokens[symbol]
-
-    def without_owner(self, symbols: Ids) -> Ids:
-        """Return the symbols as they are: they belong to no member."""
-        return symbols
-
     def initial_state(self, prompts: Sequence[Ids]) -> TokenState:
         """Return the state of an empty text after each member's prompt."""
         return TokenState(self, prompts)
 
 
-class TokenState:
+class TokenState(TextState):
     """The shared ids generated so far, after each member's own prompt."""
-
-    def __init__(self, unit: TokenUnit, prompts: Sequence[Ids]) -> None:
-        self._unit = unit
-        self._prompt_lengths = [prompt.size for prompt in prompts]
-        self._buffers = [TokenBuffer(prompt) for prompt in prompts]
-        self._text = bytearray()
 
     def append(self, symbol: int) -> None:
         """Add one shared id."""
@@ -85,15 +67,3 @@ class TokenState:
         del self._text[len(self._text) - removed :]
         for buffer in self._buffers:
             buffer.replace_tail(count, [])
-
-    def ids(self, member: int) -> Ids:
-        """Return the member's prompt and the shared ids."""
-        return self._buffers[member].ids
-
-    def prompt_length(self, member: int) -> int:
-        """Return the length of the member's prompt in tokens."""
-        return self._prompt_lengths[member]
-
-    def tail(self, length: int) -> bytes:
-        """Return at most the last `length` bytes of the text."""
-        return bytes(self._text[max(len(self._text) - length, 0) :])

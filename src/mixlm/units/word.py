@@ -75,7 +75,7 @@ class WordUnit(PieceUnit):
 
     def symbol_bytes(self, symbol: int) -> bytes:
         """Return the byte string of a symbol."""
-        return self._pieces[symbol % self._count]
+        return super().symbol_bytes(symbol if symbol == self.end else symbol % self._count)
 
     def without_owner(self, symbols: Ids) -> Ids:
         """Return symbols, int64 (n,), as those of the first member: equal for equal bytes."""

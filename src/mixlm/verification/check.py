@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from mixlm.choices import UNITS, Method
 from mixlm.core.options import Options
-from mixlm.decoding import check_method
+from mixlm.decoding import check_unit_method
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import EncodedPrompt, Prompt
@@ -124,7 +124,7 @@ def check(
         raise ConfigError(f"samples is {samples}; it must be 100 or more for a test to mean anything")
     full_options: dict[str, Any] = {"seed": 0, **(options or {})}
     settings = ensemble.settings(**full_options)
-    check_method(settings.method, ensemble.unit.name)
+    check_unit_method(settings.method, ensemble.unit.name)
     prompts = ensemble.encode_prompt(prompt, settings)
     reference = reference or ReferenceSetup(ensemble)
     _check_reference(ensemble, reference.ensemble, prompts, reference.ensemble.encode_prompt(prompt, settings))
@@ -230,19 +230,12 @@ def _against_exact(
     else:
         probabilities = exact.pairs
     counts = Counter(outcome[:position] for outcome in outcomes)
-    cells = list(probabilities)
     expected = np.array([*probabilities.values(), max(1 - sum(probabilities.values()), 0.0)])
-    observed = np.array([*(counts[cell] for cell in cells), 0])
+    observed = np.array([*(counts[cell] for cell in probabilities), 0])
     observed[-1] = len(outcomes) - observed.sum()
     if expected[-1] < 1e-9:
         expected[-1] = 0.0
-    expected /= expected.sum()
-    statistic, p_value = _chi_square(observed, expected * len(outcomes))
-    distance = 0.5 * float(np.abs(observed / len(outcomes) - expected).sum())
-    rng = np.random.default_rng(0)
-    simulated = rng.multinomial(len(outcomes), expected, size=200) / len(outcomes)
-    noise = 0.5 * float(np.abs(simulated - expected).sum(axis=1).mean())
-    return CheckResult(name, "exact", unit, position, len(outcomes), statistic, p_value, distance, noise, equal=False)
+    return _compared((name, "exact", unit), position, observed[None], expected / expected.sum())
 
 
 def _with_tolerance(result: CheckResult, tolerance: float) -> CheckResult:
@@ -259,19 +252,32 @@ def _with_tolerance(result: CheckResult, tolerance: float) -> CheckResult:
 
 def _between(unit: str, name: str, left: Sequence[Outcome], right: Sequence[Outcome], position: int) -> CheckResult:
     """Compare the samples of a strategy with those of conventional."""
-    a, b = (Counter(outcome[:position] for outcome in counter) for counter in (left, right))
-    cells = sorted({*a, *b})
-    counts = np.array([[counter[cell] for cell in cells] for counter in (a, b)])
+    counters = [Counter(outcome[:position] for outcome in outcomes) for outcomes in (left, right)]
+    cells = sorted({cell for counter in counters for cell in counter})
+    counts = np.array([[counter[cell] for cell in cells] for counter in counters])
+    return _compared((name, "conventional", unit), position, counts, counts.sum(axis=0) / counts.sum())
+
+
+def _compared(about: tuple[str, str, str], position: int, counts: npt.NDArray[Any], expected: Floats) -> CheckResult:
+    """Compare one row of counts with a distribution, or two rows that have a common one.
+
+    Args:
+        about: What is compared with what, and the unit.
+        position: Of the symbols.
+        counts: By outcome, int64 (rows, outcomes).
+        expected: The distribution, float64 (outcomes,).
+    """
     totals = counts.sum(axis=1, keepdims=True)
-    common = counts.sum(axis=0) / counts.sum()
-    statistic, p_value = _chi_square(counts, common * totals)
-    distance = 0.5 * float(np.abs(counts[0] / totals[0] - counts[1] / totals[1]).sum())
+    statistic, p_value = _chi_square(counts, expected * totals)
     rng = np.random.default_rng(0)
-    left_simulated, right_simulated = (rng.multinomial(total, common, size=200) / total for total in totals[:, 0])
-    noise = 0.5 * float(np.abs(left_simulated - right_simulated).sum(axis=1).mean())
-    return CheckResult(
-        name, "conventional", unit, position, len(left), statistic, p_value, distance, noise, equal=False
-    )
+    simulated = [rng.multinomial(total, expected, size=200) / total for total in totals[:, 0]]
+
+    def distance(shares: Sequence[Floats]) -> Floats:
+        other = shares[1] if len(shares) > 1 else expected
+        return np.asarray(0.5 * np.abs(shares[0] - other).sum(axis=-1))
+
+    found, noise = float(distance(list(counts / totals))), float(distance(simulated).mean())
+    return CheckResult(*about, position, int(totals[0, 0]), statistic, p_value, found, noise, equal=False)
 
 
 def _chi_square(observed: npt.NDArray[Any], expected: Floats) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from mixlm.engines.requests import AllowedIds, GenerateRequest, GenerateResponse
 from mixlm.ensemble import Ensemble
 from mixlm.generation.dispatch import Dispatcher, EngineRequest
 from mixlm.generation.generation import GenerationContext
+from mixlm.generation.member import address
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.sequence import Choice
 from mixlm.types import Floats, HiddenStates, Ids, Logits, LogitsRows, TopKFilter
@@ -63,10 +64,9 @@ def first_symbols(
             requests: list[EngineRequest] = []
             for i, (context, generator) in list(running.items()):
                 try:
-                    for request in generator.send(responses[i]):
-                        engine, session = context.members[request.member].engine, context.sessions[request.member]
-                        requests.append(EngineRequest(engine, session, request))
-                        owners.append(i)
+                    addressed = address(generator.send(responses[i]), context.members, context.sessions)
+                    requests += addressed
+                    owners += [i] * len(addressed)
                 except StopIteration as stop:
                     outcomes.append(stop.value)
                     del running[i]
@@ -160,10 +160,6 @@ class _MemoSession(Session):
                 self._reports.clear()
             self._reports[key] = self._session.logits_rows(ids, last, top_k_filter)
         return self._reports[key]
-
-    def prepare(self, ids: Ids, last: int = 1) -> None:
-        """Look the logits up, so that an engine that batches sessions has nothing to run for this one."""
-        self.logits(ids, last)
 
     def truncate(self, length: int) -> int:
         raise AssertionError("a memo holds no cache of its own")

@@ -41,7 +41,7 @@ _LISTED = 4096  # of the largest symbols, as many are looked at one by one for t
 
 
 @dataclass(frozen=True)
-class AfterCombination(Combination):
+class TransformedCombination(Combination):
     """A rule with temperature, top-k, top-p and min-p applied to its combination.
 
     Attributes:
@@ -52,39 +52,14 @@ class AfterCombination(Combination):
     rule: Combination
     sampling: Sampling
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """The name of the rule."""
-        return self.rule.name
-
-    @property
-    def roles(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The roles of the rule."""
-        return self.rule.roles
-
-    @property
-    def speculates(self) -> bool:  # type: ignore[override]
-        """Whether the rule knows little before all members have run."""
-        return self.rule.speculates
-
-    @property
-    def shared_vocabulary(self) -> bool:  # type: ignore[override]
-        """Whether the rule needs one vocabulary."""
-        return self.rule.shared_vocabulary
-
-    @property
-    def takes_reports(self) -> bool:  # type: ignore[override]
-        """As the rule, at a temperature with bounds."""
-        return self.rule.takes_reports and self.sampling.temperature <= 1
+    def __post_init__(self) -> None:
+        for name in ("name", "roles", "speculates", "shared_vocabulary", "is_product"):
+            object.__setattr__(self, name, getattr(self.rule, name))
+        object.__setattr__(self, "takes_reports", self.rule.takes_reports and self.sampling.temperature <= 1)
 
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the transformed combination."""
         return transformed(self.rule.combine(probs, weights), self.sampling)
-
-    @property
-    def is_product(self) -> bool:  # type: ignore[override]
-        """Whether the rule is one, before it is transformed."""
-        return self.rule.is_product
 
     def from_logprobs(self, rows: Sequence[Floats], weights: Floats) -> Candidates:
         """Return the transformed combination."""
@@ -94,7 +69,7 @@ class AfterCombination(Combination):
         return _transform(self.sampling)(scores)
 
     def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
-        """As the rule."""
+        """Return the rule's answer: where its envelope is 0, so is `F` of it."""
         return self.rule.is_open(parts, weights)
 
     def bound(
@@ -133,7 +108,7 @@ class AfterCombination(Combination):
     def certain_winner(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> int | None:
-        """Return the rule's: temperature and truncation keep the most likely symbol."""
+        """Return the rule's winner: temperature and truncation keep the most likely symbol."""
         return self.rule.certain_winner(probs, weights, ran, unreported)
 
     def check_members(self, count: int) -> None:

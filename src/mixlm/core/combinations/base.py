@@ -16,7 +16,6 @@ member gives a symbol nothing. `weights` is float64 (members,), 0 or more, summi
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ import numpy.typing as npt
 
 from mixlm.core.sampling import Transform
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.types import Candidates, Floats, Ids, Sampling
+from mixlm.option_spec import OptionSpec
+from mixlm.types import PLAIN_SAMPLING, Candidates, Floats, Ids, Sampling
 
 # What makes tokens of different members one symbol: their bytes; the strings that tokenizers spell them with; their
 # bytes, and the first token of its spelling where a member lacks a symbol.
@@ -37,7 +37,7 @@ Alignment = Literal["symbols", "strings", "spellings"]
 TOLERANCE = 1e-9
 _LEAST_MASS = 1e-12
 _LEAST_LOGPROB = -745.0  # exp of less is 0
-_PLAIN = Transform(Sampling(temperature=1.0, top_k=0), np.zeros(0, dtype=np.int64))
+_PLAIN = Transform(PLAIN_SAMPLING, np.zeros(0, dtype=np.int64))
 
 
 class Aligned(NamedTuple):
@@ -307,9 +307,9 @@ class Combination(ABC):
 
         The result has bounds of its own (`after`). Penalties are not applied: they are the members' own.
         """
-        from mixlm.core.combinations.after import AfterCombination
+        from mixlm.core.combinations.after import TransformedCombination
 
-        return self if is_plain(sampling) else AfterCombination(self, sampling)
+        return self if is_plain(sampling) else TransformedCombination(self, sampling)
 
     def check_members(self, count: int) -> None:
         """Raise ConfigError where an ensemble has the wrong number of members for the rule."""
@@ -371,22 +371,9 @@ def ran_mask(weights: Floats, ran: Sequence[int]) -> npt.NDArray[np.bool_]:
     return mask
 
 
-def check_number(
-    rule: str,
-    name: str,
-    value: float,
-    *,
-    minimum: float = -math.inf,
-    maximum: float = math.inf,
-    above: float | None = None,
-) -> None:
-    """Raise ConfigError in words of a parameter where it is not a finite number of its range."""
-    low = f"greater than {above:g}" if above is not None else f"from {minimum:g}" if minimum > -math.inf else ""
-    high = f"{' and at most' if above is not None else ' to' if low else 'at most'} {maximum:g}"
-    if maximum == math.inf:
-        low, high = low.replace(f"from {minimum:g}", f"of {minimum:g} or more"), ""
-    allowed = f"a number {low}{high}".strip()
-    is_real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    is_number = is_real and math.isfinite(value)
-    if not is_number or not minimum <= value <= maximum or (above is not None and value <= above):
-        raise ConfigError(f"{name} is {value!r}; for rule {rule} it must be {allowed}")
+def check_parameter(rule: str, name: str, value: object, **spec: Any) -> None:
+    """Raise ConfigError for a value that a rule's parameter may not have. spec: keywords of an `OptionSpec`."""
+    try:
+        OptionSpec(**spec).check(name, value)
+    except ConfigError as error:
+        raise ConfigError(error.message.replace("; it must", f"; for rule {rule} it must", 1), error.hint) from None

@@ -21,16 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import numpy as np
 
-from mixlm.core.combinations.base import TOLERANCE, Combination, Unreported, check_number
+from mixlm.choices import CONTRASTIVE_FORMS, ContrastiveForm
+from mixlm.core.combinations.base import TOLERANCE, Combination, Unreported, check_parameter
 from mixlm.core.combinations.log_linear import log_linear, log_linear_scores
-from mixlm.errors import ConfigError
 from mixlm.types import Candidates, Floats
-
-ContrastiveForm = Literal["weighted", "original"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,9 @@ class Contrastive(Combination):
     form: ContrastiveForm = "weighted"
 
     def __post_init__(self) -> None:
-        check_number(self.name, "strength", self.strength, minimum=0)
-        check_number(self.name, "alpha", self.alpha, minimum=0, maximum=1)
-        if self.form not in get_args(ContrastiveForm):
-            allowed = " or ".join(map(repr, get_args(ContrastiveForm)))
-            raise ConfigError(f"form is {self.form!r}; for rule {self.name} it must be {allowed}")
+        check_parameter(self.name, "strength", self.strength, minimum=0)
+        check_parameter(self.name, "alpha", self.alpha, minimum=0, maximum=1)
+        check_parameter(self.name, "form", self.form, choices=CONTRASTIVE_FORMS)
 
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the contrast on the plausible symbols."""

@@ -25,16 +25,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import numpy as np
 
-from mixlm.core.combinations.base import Combination, Unreported, check_number
+from mixlm.choices import DEFER_BY, DeferBy
+from mixlm.core.combinations.base import Combination, Unreported, check_parameter
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.option_spec import call_function, check_function
 from mixlm.types import Floats
 
-DeferBy = Literal["top", "entropy", "token"]
 _TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -54,13 +54,9 @@ class Defer(Combination):
     accept: Callable[[Floats], Floats] | None = None
 
     def __post_init__(self) -> None:
-        if self.by not in get_args(DeferBy):
-            allowed = ", ".join(map(repr, get_args(DeferBy)))
-            raise ConfigError(f"by is {self.by!r}; for rule {self.name} it must be one of {allowed}")
-        if self.by == "entropy":
-            check_number(self.name, "strength", self.strength, minimum=0)
-        else:
-            check_number(self.name, "strength", self.strength, minimum=0, maximum=1)
+        check_parameter(self.name, "by", self.by, choices=DEFER_BY)
+        largest = {} if self.by == "entropy" else {"maximum": 1}
+        check_parameter(self.name, "strength", self.strength, minimum=0, **largest)
         if self.accept is not None:
             check_function(self.accept, ("distribution",), "accept")
 

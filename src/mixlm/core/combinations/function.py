@@ -35,21 +35,9 @@ class FunctionCombination(Combination):
         check_function(self.function, ("probs", "weights"), "the rule")
         if self.own_envelope is not None:
             check_function(self.own_envelope, ("probs", "weights", "ran"), "the rule's envelope")
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """The name that was given."""
-        return self.own_name
-
-    @property
-    def common_options(self) -> bool:  # type: ignore[override]
-        """What was given."""
-        return self.own_common_options
-
-    @property
-    def speculates(self) -> bool:  # type: ignore[override]
-        """Whether there is no envelope."""
-        return self.own_envelope is None
+        object.__setattr__(self, "name", self.own_name)
+        object.__setattr__(self, "common_options", self.own_common_options)
+        object.__setattr__(self, "speculates", self.own_envelope is None)
 
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the function's distribution.

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mixlm.core.combinations.base import Combination, Unreported, check_number
+from mixlm.core.combinations.base import Combination, Unreported, check_parameter
 from mixlm.core.combinations.log_linear import leaves_several, log_linear, log_linear_scores, only_symbol, reports_bound
 from mixlm.types import Candidates, Floats
 
@@ -32,7 +32,7 @@ class Geometric(Combination):
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number(self.name, "strength", self.strength, above=0)
+        check_parameter(self.name, "strength", self.strength, above=0)
 
     @property
     def takes_reports(self) -> bool:  # type: ignore[override]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from mixlm.core.blocks import blocks
+from mixlm.core import slices
 from mixlm.core.combinations.base import Unreported, normalized
 from mixlm.errors import UnsupportedError
 from mixlm.types import Candidates, Floats
@@ -49,13 +49,13 @@ def log_linear_scores(rows: Sequence[Floats], exponents: Floats, rule: str) -> F
     factors = [(row, exponent) for row, exponent in zip(rows, exponents.tolist(), strict=True) if exponent > 0]
     divisors = [(row, exponent) for row, exponent in zip(rows, exponents.tolist(), strict=True) if exponent < 0]
     scores = np.zeros_like(rows[0])
-    for block in blocks(scores.size):
+    for elements in slices(scores.size):
         for row, exponent in factors:
-            scores[block] += exponent * row[block]
+            scores[elements] += exponent * row[elements]
     for row, exponent in divisors:
         if row.min(initial=0.0) > -np.inf:
-            for block in blocks(scores.size):
-                scores[block] += exponent * row[block]
+            for elements in slices(scores.size):
+                scores[elements] += exponent * row[elements]
             continue
         possible = scores > -np.inf
         if (row[possible] == -np.inf).any():

@@ -39,7 +39,7 @@ from mixlm.core.combinations.base import (
     TOLERANCE,
     Combination,
     Unreported,
-    check_number,
+    check_parameter,
     normalized,
     positive_members,
     ran_mask,
@@ -63,7 +63,7 @@ class Power(Combination):
     strength: float = 2.0
 
     def __post_init__(self) -> None:
-        check_number(self.name, "strength", self.strength)
+        check_parameter(self.name, "strength", self.strength, minimum=-1e6, maximum=1e6)
         if self.strength == 0:
             raise ConfigError("strength is 0, and the power mean of exponent 0 is geometric", "use --rule geometric")
 

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mixlm.core.combinations.base import Combination, Unreported, check_number
+from mixlm.core.combinations.base import Combination, Unreported, check_parameter
 from mixlm.core.combinations.log_linear import leaves_several, log_linear, log_linear_scores, only_symbol
 from mixlm.types import Candidates, Floats
 
@@ -38,7 +38,7 @@ class Proxy(Combination):
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number(self.name, "strength", self.strength, minimum=0)
+        check_parameter(self.name, "strength", self.strength, minimum=0)
 
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the base's distribution, moved."""

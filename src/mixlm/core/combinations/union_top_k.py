@@ -26,7 +26,7 @@ from mixlm.core.combinations.base import (
     Alignment,
     Combination,
     Unreported,
-    check_number,
+    check_parameter,
     positive_members,
     ran_mask,
     winner_by_bounds,
@@ -51,9 +51,7 @@ class UnionTopK(Combination):
     k: int = 10
 
     def __post_init__(self) -> None:
-        check_number(self.name, "k", self.k, minimum=1)
-        if not isinstance(self.k, int | np.integer):
-            raise ConfigError(f"k is {self.k!r}; for rule {self.name} it must be a whole number")
+        check_parameter(self.name, "k", self.k, whole=True, minimum=1)
 
     @property
     def default_sampling(self) -> Mapping[str, Any]:  # type: ignore[override]

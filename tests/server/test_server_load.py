@@ -61,7 +61,7 @@ def test_a_full_queue_says_when_to_retry():
 
 
 def test_too_many_completions_are_refused_before_they_are_prepared(toys, monkeypatch):
-    monkeypatch.setattr(GenerationOptions, "with_turn", None)
+    monkeypatch.setattr(GenerationOptions, "with_sequence_offset", None)
     for fields, param in (({"prompt": ["a"] * 2048, "n": 128}, "prompt"), ({"n": 81}, "n")):
         error = toys.complete(**fields).json()["error"]
         assert (error["param"], error["code"]) == (param, "too_many_completions")

@@ -18,9 +18,9 @@ from mixlm.errors import ConfigError
 from mixlm.loading import load
 from mixlm.server.api_keys import ApiKeys, hash_key
 from mixlm.server.completion_handler import CompletionHandler
+from mixlm.server.completions_format import CompletionsFormat
 from mixlm.server.protocols.responses import ResponsesFormat
 from mixlm.server.request_schemas import parse_body
-from mixlm.server.responses import ResponseBuilder
 
 KEYS = {name: f"the-long-random-key-of-{name}" for name in ("ada", "bob")}
 
@@ -144,14 +144,14 @@ def test_a_large_body_is_validated_while_others_are_answered(monkeypatch):
 
 def test_a_large_response_is_built_while_others_are_answered(monkeypatch):
     entered, go_on = threading.Event(), threading.Event()
-    response = ResponseBuilder.response
+    response = CompletionsFormat.response
 
     def slow(*arguments):
         entered.set()
         go_on.wait(20)
         return response(*arguments)
 
-    monkeypatch.setattr(ResponseBuilder, "response", slow)
+    monkeypatch.setattr(CompletionsFormat, "response", slow)
     with running(endless()) as server, ThreadPoolExecutor(1) as pool:
         large = pool.submit(server.chat, max_tokens=40, logprobs=True, top_logprobs=20)
         assert entered.wait(20)

@@ -28,6 +28,14 @@ PARAMETERS = {
 FUNCTION = {"name": "get_weather", "description": "The weather.", "parameters": PARAMETERS}
 TOOLS = [{"type": "function", "function": FUNCTION}]
 FLAT = [{"type": "function", **FUNCTION}]
+ALLOWED = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_weather"}]}
+
+
+def allowing(*names, mode="required"):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 CALLS = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 400}
 
 
@@ -35,6 +43,10 @@ CALLS = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False
 def sdk(toys):
     with openai.OpenAI(base_url=toys.url + "/v1", api_key="any") as client:
         yield client
+
+
+def other_functions(*names):
+    return [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in names]
 
 
 def check_call(name, arguments):
@@ -131,6 +143,10 @@ def test_the_sdk_parses_tools_of_pydantic(sdk):
         ({"tools": [{"type": "function", "function": {"name": "required"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowing("get_weather", "g")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+        ({"tools": TOOLS, "tool_choice": allowing()}, "tool_choice.allowed_tools.tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "g"}}}, "tool_choice"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools"),
@@ -236,6 +252,23 @@ def test_responses_stream(sdk):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_only_allowed_functions_are_called(sdk, seed):
+    tools = [*other_functions("a", "b"), *TOOLS, *other_functions("c")]
+    request = {"model": "toys", "messages": HELLO, "max_tokens": 400, "parallel_tool_calls": False, "seed": seed}
+    allowed = sdk.chat.completions.create(**request, tools=tools, tool_choice=allowing("get_weather"))
+    alone = sdk.chat.completions.create(**request, tools=TOOLS, tool_choice="required")
+    [call] = allowed.choices[0].message.tool_calls
+    assert call.function == alone.choices[0].message.tool_calls[0].function
+    check_call(call.function.name, call.function.arguments)
+    flat = [{"type": "function", **tool["function"]} for tool in tools]
+    fields = {"max_output_tokens": 400, "parallel_tool_calls": False, "extra_body": {"seed": seed}}
+    response = sdk.responses.create(model="toys", input=HELLO[0]["content"], tools=flat, tool_choice=ALLOWED, **fields)
+    assert response.output[0].arguments == call.function.arguments
+    assert response.tool_choice.mode == "required"
+
+
+@pytest.mark.slow
 def test_responses_call_functions_whole_and_streamed(sdk):
     request = {
         "model": "toys", "input": "hello", "tools": FLAT, "tool_choice": "required", "parallel_tool_calls": False,
@@ -291,6 +324,8 @@ def test_responses_have_logprobs(sdk):
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": FLAT, "tool_choice": {**ALLOWED, "tools": [{"type": "function", "name": "g"}]}}, "tool_choice"),
+        ({"tools": FLAT, "tool_choice": {**ALLOWED, "mode": "none"}}, "tool_choice.mode"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mixlm.server.completions_format import summed_usage
 from mixlm.server.metrics import ServerMetrics
-from mixlm.server.responses import summed_usage
 from mixlm.types import Completion, MemberUsage, Usage
 
 

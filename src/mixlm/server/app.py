@@ -17,6 +17,7 @@ from mixlm.server.api_errors import unsupported_field
 from mixlm.server.api_keys import ApiKeys
 from mixlm.server.chat_schemas import ChatBody
 from mixlm.server.completion_handler import CompletionHandler
+from mixlm.server.completions_format import CompletionsFormat
 from mixlm.server.json_encoding import to_json
 from mixlm.server.limits import ServerLimits
 from mixlm.server.metrics import CONTENT_TYPE, ServerMetrics
@@ -35,7 +36,6 @@ from mixlm.server.request_body import read_body
 from mixlm.server.request_parsing import ParsedRequest, check_length, parse_chat, parse_completion
 from mixlm.server.request_schemas import Body, CommonFields, CompletionBody, parse_body, parse_fields
 from mixlm.server.response_format import FormatFactory
-from mixlm.server.responses import ResponseBuilder
 from mixlm.server.tracing import RequestTracer
 
 
@@ -183,7 +183,7 @@ class ServerApp:
         await self.preparer.build_unit(self.registry.get(body.model), unit, request.scope["mixlm.record"].client)
 
     def _handler(
-        self, request: Request, parsed: ParsedRequest, response_format: FormatFactory = ResponseBuilder
+        self, request: Request, parsed: ParsedRequest, response_format: FormatFactory = CompletionsFormat
     ) -> ASGIApp:
         record = request.scope["mixlm.record"]
         responses = response_format(parsed, record.request_id)

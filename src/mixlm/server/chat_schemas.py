@@ -125,6 +125,23 @@ class NamedTool(StrictBody):
     function: NamedFunction
 
 
+class AllowedFunctions(StrictBody):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedTools(StrictBody):
+    """The functions that may be called; prompts have no others."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
+ToolChoice = Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
+
+
 class ChatBody(CommonFields):
     """A request to /v1/chat/completions."""
 
@@ -133,7 +150,7 @@ class ChatBody(CommonFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="How many; goes with logprobs.")
     tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="Whether several calls are possible.")
     reasoning_effort: Annotated[str, StringConstraints(max_length=64)] | None = Field(
         default=None, description="For the members' chat templates; refused if none takes it."
@@ -171,4 +188,16 @@ class ChatBody(CommonFields):
     @property
     def choice(self) -> str:
         """What `tool_choice` asks for: a word, or the name of a function."""
-        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice or "auto"
+        match self.tool_choice:
+            case NamedTool() as named:
+                return named.function.name
+            case AllowedTools() as allowed:
+                return allowed.allowed_tools.mode
+            case word:
+                return word or "auto"
+
+    @property
+    def allowed(self) -> list[str] | None:
+        """The names of the functions that may be called; None if `tool_choice` has no list of them."""
+        choice = self.tool_choice
+        return [tool.function.name for tool in choice.allowed_tools.tools] if isinstance(choice, AllowedTools) else None

@@ -19,8 +19,8 @@ from typing import TypeVar
 from starlette.types import Message, Receive, Scope, Send
 
 from mixlm.server.api_errors import ApiError, to_api_error
+from mixlm.server.completions_format import trace_attributes
 from mixlm.server.jobs import GenerationStarted, Job, JobCancelled, JobEvent, JobFailed, JobQueued, TokensGenerated
-from mixlm.server.json_encoding import to_json
 from mixlm.server.limits import ServerLimits
 from mixlm.server.metrics import ServerMetrics
 from mixlm.server.model_thread import ModelThread
@@ -28,7 +28,6 @@ from mixlm.server.preparation import RequestPreparer
 from mixlm.server.request_parsing import ParsedRequest
 from mixlm.server.request_record import RequestRecord
 from mixlm.server.response_format import ResponseFormat
-from mixlm.server.responses import trace_attributes
 from mixlm.types import Completion
 
 Result = TypeVar("Result")
@@ -129,7 +128,7 @@ class CompletionHandler:
         while not self._is_finished:
             self._process(await self._job.events.get())
         completions = self._in_order
-        body = await self._build(completions, lambda: to_json(self._responses.response(completions)))
+        body = await self._build(completions, lambda: self._responses.response(completions))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
         await self._send(send, {"type": "http.response.body", "body": body})

@@ -44,18 +44,18 @@ class RequestPreparer:
         """Whether any of the threads runs."""
         return any(threads.is_busy for threads in (self._schema_threads, self._prompt_threads, self._body_threads))
 
-    async def convert(self, size: int, convert: Callable[[], Result], client: str) -> Result:
+    async def convert(self, size: int, function: Callable[[], Result], client: str) -> Result:
         """Return what a function makes of a request's body, or of a response; large ones take a thread.
 
         Args:
             size: Of the body, in bytes.
-            convert: The function.
+            function: Does it.
             client: Whose body it is.
 
         Raises:
             ApiError: The body is refused.
         """
-        return convert() if size < _LARGE_BODY else await self._body_threads.run(client, convert)
+        return function() if size < _LARGE_BODY else await self._body_threads.run(client, function)
 
     async def build_unit(self, model: ServedModel, unit: UnitName | None, client: str) -> None:
         """Build the unit that a request needs, unless it is there. Raises ApiError for one that does not exist."""

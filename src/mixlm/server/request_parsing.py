@@ -19,7 +19,7 @@ from mixlm.server.limits import ServerLimits
 from mixlm.server.model_registry import ModelRegistry, ServedModel
 from mixlm.server.request_schemas import EXTRA_OPTIONS, SHARED_OPTIONS, CommonFields, CompletionBody, Extras
 from mixlm.tokenization.tool_calls import tool_dict
-from mixlm.units.registry import unit_traits
+from mixlm.units import unit_traits
 
 # Fields that are options of `Ensemble.generate` under the same name.
 _OPTIONS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "max_tokens", "min_tokens", "stop")
@@ -104,9 +104,11 @@ def _tool_options(body: ChatBody, limits: ServerLimits) -> dict[str, Any]:
         raise ApiError(400, "tools: two functions have one name", param="tools", code="invalid_value")
     if body.choice == "required" and not tools:
         raise unsupported_field("tool_choice", "there are no tools")
-    if body.choice not in ("auto", "none", "required", *names):
-        message = f"tool_choice: there is no tool {body.choice!r}"
-        raise ApiError(400, message, param="tool_choice", code="invalid_value")
+    for name in body.allowed or [body.choice]:
+        if name not in (*names, *(() if body.allowed else ("auto", "none", "required"))):
+            message = f"tool_choice: there is no tool {name!r}"
+            raise ApiError(400, message, param="tool_choice", code="invalid_value")
+    tools = [tool for tool in tools if body.allowed is None or tool.name in body.allowed]
     options: dict[str, Any] = {"tools": tools, "tool_choice": body.choice if tools else "auto"}
     return {**options, "parallel_tool_calls": body.parallel_tool_calls is not False}
 
@@ -173,7 +175,9 @@ def _parse(
     _check_method(body, extras, settings.method, ensemble.unit.name)
     n = body.n or 1
     tasks = [
-        GenerationTask(prompt, settings.with_turn(i * n + j)) for i, prompt in enumerate(prompts) for j in range(n)
+        GenerationTask(prompt, settings.with_sequence_offset(i * n + j))
+        for i, prompt in enumerate(prompts)
+        for j in range(n)
     ]
     return ParsedRequest(
         kind="chat" if isinstance(body, ChatBody) else "text",

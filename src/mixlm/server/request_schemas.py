@@ -234,7 +234,7 @@ class JsonSchema(StrictBody):
 
 
 class CommonFields(StrictBody):
-    """The fields that both endpoints have."""
+    """The fields of every endpoint that generates text."""
 
     neutral = NEUTRAL_FIELDS
     ignored = IGNORED_FIELDS

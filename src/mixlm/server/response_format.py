@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from mixlm.server.api_errors import ApiError
 from mixlm.server.request_parsing import ParsedRequest
@@ -19,8 +19,8 @@ class ResponseFormat(Protocol):
 
     response_id: str
 
-    def response(self, completions: Sequence[Completion]) -> Any:
-        """Return the complete response. completions: in the order of the tasks."""
+    def response(self, completions: Sequence[Completion]) -> bytes:
+        """Return the complete response, as JSON. completions: in the order of the tasks."""
         ...
 
     def first_chunks(self) -> list[bytes]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+OpenAIFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ErrorDetail(TypedDict):
@@ -158,7 +158,7 @@ class ChatChoice(_Choice):
     """One chat completion."""
 
     message: AssistantMessage
-    finish_reason: FinishReason
+    finish_reason: OpenAIFinishReason
     logprobs: ChatLogprobs | None
 
 
@@ -166,7 +166,7 @@ class TextChoice(_Choice):
     """One text completion, or what an event adds to it."""
 
     text: str
-    finish_reason: FinishReason | None
+    finish_reason: OpenAIFinishReason | None
     logprobs: TextLogprobs | None
 
 
@@ -182,7 +182,7 @@ class ChunkChoice(_Choice):
     """What a chunk adds to one chat completion."""
 
     delta: Delta
-    finish_reason: FinishReason | None
+    finish_reason: OpenAIFinishReason | None
     logprobs: ChatLogprobs | None
 
 

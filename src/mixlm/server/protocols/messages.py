@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mixlm.server.api_errors import ApiError
-from mixlm.server.json_encoding import server_sent_event
+from mixlm.server.completions_format import CallIds, choice_extras, summed_usage
+from mixlm.server.json_encoding import server_sent_event, to_json
 from mixlm.server.protocols import FIELD_NAMES, MESSAGES_PATH
 from mixlm.server.protocols.messages_body import MessagesBody
 from mixlm.server.request_parsing import ParsedRequest
-from mixlm.server.responses import CallIds, choice_extras, summed_usage
 from mixlm.tokenization.call_parser import (
     ArgumentsPart,
     CallBegin,
@@ -43,8 +43,8 @@ class MessagesFormat:
         self._blocks = 0
         self.response_id = f"msg_{request_id}"
 
-    def response(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """Return the complete response."""
+    def response(self, completions: Sequence[Completion]) -> bytes:
+        """Return the complete response, as JSON."""
         [completion] = completions
         text, calls = split_calls(completion.text, self._request.tool_names)
         content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not calls else []
@@ -52,12 +52,13 @@ class MessagesFormat:
             arguments = arguments_object(call)
             is_object = isinstance(arguments, dict)  # not if it was cut off
             content.append(self._tool_use(number, call.name, arguments if is_object else {}))
-        return {
+        message = {
             **self._message(content),
             **self._stop(completion),
             "usage": _usage(completion),
             "mixlm": choice_extras(completion),
         }
+        return to_json(message)
 
     def first_chunks(self) -> list[bytes]:
         """Return the event before any token. The prompt is counted at the end."""

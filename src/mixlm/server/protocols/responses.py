@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mixlm.server.api_errors import ApiError
-from mixlm.server.json_encoding import server_sent_event
+from mixlm.server.completions_format import CallIds, choice_extras, summed_usage, token_logprob
+from mixlm.server.json_encoding import server_sent_event, to_json
 from mixlm.server.protocols import FIELD_NAMES
 from mixlm.server.protocols.responses_body import ResponsesBody, call_dict
 from mixlm.server.request_parsing import ParsedRequest
-from mixlm.server.responses import CallIds, choice_extras, summed_usage, token_logprob
 from mixlm.tokenization.call_parser import (
     ArgumentsPart,
     CallBegin,
@@ -60,8 +60,8 @@ class ResponsesFormat:
         # Not the request's id, which a client may choose: others could replace what is stored.
         self.response_id = f"resp_{secrets.token_hex(16)}"
 
-    def response(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """Return the complete response."""
+    def response(self, completions: Sequence[Completion]) -> bytes:
+        """Return the complete response, as JSON."""
         [completion] = completions
         content, calls = split_calls(completion.text, self._request.tool_names)
         output: list[dict[str, Any]] = []
@@ -72,7 +72,7 @@ class ResponsesFormat:
             last = number == len(calls) - 1
             item = self._call_item(number, call.name, call.arguments, status if last else "completed")
             output.append(item)
-        return self._finished(completion, output)
+        return to_json(self._finished(completion, output))
 
     def first_chunks(self) -> list[bytes]:
         """Return the events before any token."""

@@ -115,6 +115,17 @@ class NamedFunctionTool(NamedFunction):
     type: Literal["function"]
 
 
+class AllowedFunctionTools(StrictBody):
+    """The functions that may be called; prompts have no others."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunctionTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+_ToolChoice = Annotated[NamedFunctionTool | AllowedFunctionTools, Field(discriminator="type")]
+
+
 class SchemaFormat(Schema):
     """Text that is JSON of a schema."""
 
@@ -167,7 +178,7 @@ class ResponsesBody(StrictBody):
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | _ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64, description="The same seed gives the same text.")
     mixlm: Extras | None = None
@@ -225,10 +236,14 @@ class ResponsesBody(StrictBody):
                 {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
                 for tool in self.tools
             ]
-        if isinstance(self.tool_choice, NamedFunctionTool):
-            fields["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
-        else:
-            fields["tool_choice"] = self.tool_choice
+        match self.tool_choice:
+            case NamedFunctionTool() as tool:
+                fields["tool_choice"] = _named_tool(tool)
+            case AllowedFunctionTools() as allowed:
+                functions = {"mode": allowed.mode, "tools": [_named_tool(tool) for tool in allowed.tools]}
+                fields["tool_choice"] = {"type": "allowed_tools", "allowed_tools": functions}
+            case word:
+                fields["tool_choice"] = word
         match self.text and self.text.format:
             case SchemaFormat() as schema:
                 named = {"name": schema.name, "schema": schema.of}
@@ -236,6 +251,10 @@ class ResponsesBody(StrictBody):
             case JsonObject():
                 fields["response_format"] = {"type": "json_object"}
         return {name: value for name, value in fields.items() if value is not None}
+
+
+def _named_tool(tool: NamedFunctionTool) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool.name}}
 
 
 def call_dict(call_id: str, name: str, arguments: str) -> dict[str, Any]:

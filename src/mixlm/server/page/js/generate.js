@@ -60,7 +60,7 @@ function tokenOf(choice, forwards, seconds) {
 function addUsage(work, { completion_tokens: tokens, mixlm }) {
   const members = Object.values(mixlm.members);
   const forwards = members.reduce((sum, member) => sum + member.forwards, 0);
-  const added = { tokens, members: members.length, forwards, drafted: mixlm.checked, accepted: mixlm.accepted };
+  const added = { tokens, members: members.length, forwards, drafted: mixlm.drafted, accepted: mixlm.accepted };
   if (work) for (const name of ["tokens", "forwards", "drafted", "accepted"]) added[name] += work[name];
   return added;
 }

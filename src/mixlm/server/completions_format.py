@@ -1,4 +1,4 @@
-"""Response bodies in the format of OpenAI's API: complete ones, and the events of streams."""
+"""Responses to chat and text completions, in the format of OpenAI's API: whole ones, and the events of streams."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from mixlm.server import response_schemas as schemas
 from mixlm.server.api_errors import ApiError
-from mixlm.server.json_encoding import server_sent_event
+from mixlm.server.json_encoding import server_sent_event, to_json
 from mixlm.server.request_parsing import ParsedRequest
 from mixlm.tokenization.call_parser import (
     ArgumentsPart,
@@ -30,7 +30,7 @@ _END_OF_TEXT = "<|endoftext|>"
 _OF_PROMPTS = ("prompt_tokens", "cached_tokens")
 
 
-class ResponseBuilder:
+class CompletionsFormat:
     """Builds the response to one request. request_id: becomes part of the completion's id."""
 
     def __init__(self, request: ParsedRequest, request_id: str) -> None:
@@ -50,20 +50,22 @@ class ResponseBuilder:
         }
         self._chunk_head = {**self._head, "object": "chat.completion.chunk"} if self._is_chat else self._head
 
-    def response(self, completions: Sequence[Completion]) -> schemas.ChatCompletion | schemas.TextCompletion:
-        """Return the complete response. completions: in the order of the tasks."""
-        choices = [
-            {
-                "index": i,
-                **self._content(i, completion),
-                "finish_reason": _finish_reason(completion),
-                "logprobs": self._logprobs(i, self._scored_tokens(i, completion)),
-                "mixlm": choice_extras(completion),
-            }
-            for i, completion in enumerate(completions)
-        ]
-        body = {**self._head, "choices": choices, "usage": self.usage(completions)}
-        return cast("schemas.ChatCompletion | schemas.TextCompletion", body)
+    def response(self, completions: Sequence[Completion]) -> bytes:
+        """Return the complete response, as JSON. completions: in the order of the tasks."""
+        # The log-probabilities of all choices together would be millions of objects, which garbage collection visits
+        # again and again, while no other thread runs.
+        choices = b",".join(to_json(self._choice(i, completion)) for i, completion in enumerate(completions))
+        usage = to_json(self.usage(completions))
+        return b'%b,"choices":[%b],"usage":%b}' % (to_json(self._head)[:-1], choices, usage)
+
+    def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
+        return {
+            "index": index,
+            **self._content(index, completion),
+            "finish_reason": _finish_reason(completion),
+            "logprobs": self._logprobs(index, self._scored_tokens(index, completion)),
+            "mixlm": choice_extras(completion),
+        }
 
     def first_chunks(self) -> list[bytes]:
         """Return the events before any token: the role of each message, or the prompts to echo."""

@@ -30,7 +30,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mixlm.engines.requests import LogitsRequest
-from mixlm.engines.tokenizer_setup import first_line
+from mixlm.engines.tokenizer_setup import error_summary
 from mixlm.engines.toy import toy_text
 from mixlm.engines.transformers.dummy_weights import dummy_tokens
 from mixlm.engines.transformers.engine import HFEngine
@@ -304,7 +304,7 @@ def examine(family: str) -> dict[str, Any]:
         if family not in _NO_TEXT:
             reference(texts[0])
     except Exception as error:
-        return {"family": family, "untested": _NO_TEXT.get(family) or first_line(error)}
+        return {"family": family, "untested": _NO_TEXT.get(family) or error_summary(error)}
     row: dict[str, Any] = {"family": family}
     try:
         runner = load_runner(LoadedModel(model), family)
@@ -320,7 +320,7 @@ def examine(family: str) -> dict[str, Any]:
     except MixlmError as error:
         row["refused"] = str(error)
     except Exception as error:
-        row["fault"] = f"{type(error).__name__} was raised: {first_line(error)}"
+        row["fault"] = f"{type(error).__name__} was raised: {error_summary(error)}"
     return row
 
 

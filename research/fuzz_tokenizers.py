@@ -24,8 +24,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mixlm.errors import TokenizerError
-from mixlm.tokenization.chat_template import PromptEncoder
 from mixlm.tokenization.incremental import IncrementalEncoder, TokenizerEncoder
+from mixlm.tokenization.prompt_encoder import PromptEncoder
 from mixlm.tokenization.vocabulary import describe, detect_family, flatten_component, token_bytes
 from mixlm.types import Message
 

@@ -1,7 +1,8 @@
 """What an option is: how it is checked, and how the command line and the HTTP API present it.
 
 The options of a generation are the fields of `Sampling` and `GenerationOptions`. Each field has an `OptionSpec`. The
-checks, the options of the command line, the keys of the ensemble file and the HTTP fields are built from them.
+checks, the options of the command line (`panel`), the HTTP fields (`http`) and the sampling keys of the ensemble file
+are built from them; further keys of the file are fields of `mixlm.config`.
 """
 
 from __future__ import annotations
@@ -124,10 +125,7 @@ def _shown(value: Any) -> str:
 
 def option(default: Any = MISSING, *, default_factory: Any = MISSING, **spec: Any) -> Any:
     """Return a dataclass field with an `OptionSpec` of the keywords `spec`."""
-    metadata = {"option": OptionSpec(**spec)}
-    if default_factory is not MISSING:
-        return field(default_factory=default_factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, default_factory=default_factory, metadata={"option": OptionSpec(**spec)})
 
 
 def specs(record: Any) -> dict[str, OptionSpec]:

@@ -9,9 +9,9 @@ from chat_templates import CHATML, DEEPSEEK, GEMMA, GEMMA1, LLAMA2, MISTRAL, PAR
 from jinja2 import Environment
 
 from mixlm.errors import ConfigError, TemplateError
-from mixlm.tokenization.chat_template import PLAIN_TEMPLATE
+from mixlm.tokenization.chat_template import ChatTemplate
 from mixlm.tokenization.conversation import ConversationRenderer
-from mixlm.tokenization.template_renderer import ChatTemplate
+from mixlm.tokenization.prompt_encoder import PLAIN_TEMPLATE
 from mixlm.types import Message
 
 CONVERSATIONS = [

@@ -14,8 +14,8 @@ from trained import ALL, EXACT, SPECIAL, any_bytes, encoder, random_pieces, text
 
 from mixlm.engines.toy import LongestMatch
 from mixlm.errors import TokenizerError
-from mixlm.tokenization.chat_template import PromptEncoder
 from mixlm.tokenization.incremental import Encoded, Encoder, IncrementalEncoder, TokenizerEncoder, utf8_runs
+from mixlm.tokenization.prompt_encoder import PromptEncoder
 from mixlm.tokenization.vocabulary import byte_alphabet, describe, detect_family, encode_text, token_bytes
 
 PROSE = "The old river turns under the bridge, and 12 birds don't mind it. " * 150

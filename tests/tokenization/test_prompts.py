@@ -9,8 +9,8 @@ from jinja2 import Environment
 from tokenizers import Tokenizer, models, normalizers
 from trained import ALL, SPECIAL, encoder, trained
 
-from mixlm.tokenization.chat_template import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
 from mixlm.tokenization.incremental import Encoded
+from mixlm.tokenization.prompt_encoder import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
 from mixlm.tokenization.vocabulary import encode_text
 from mixlm.types import Message
 

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from trained import CORPUS, any_bytes, texts
 
 from mixlm.engines.tokenizer_setup import load_tokenizer
-from mixlm.tokenization.chat_template import PromptEncoder
 from mixlm.tokenization.incremental import IncrementalEncoder, TokenizerEncoder
+from mixlm.tokenization.prompt_encoder import PromptEncoder
 from mixlm.tokenization.vocabulary import TokenizerFamily, describe, detect_family, has_byte_fallback, token_bytes
 
 KINDS = [f"{model} {bytes_} {norm}" for model in ("bpe", "unigram") for bytes_ in ("bytes", "unknown")

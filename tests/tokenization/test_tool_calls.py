@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from mixlm.errors import ConfigError
 from mixlm.tokenization.call_parser import ArgumentsPart, CallBegin, ContentPart, ToolCallParser, split_calls
-from mixlm.tokenization.chat_template import PLAIN_FORM, PLAIN_TEMPLATE, PromptForm
+from mixlm.tokenization.chat_template import ChatTemplate
 from mixlm.tokenization.conversation import ConversationRenderer
-from mixlm.tokenization.template_renderer import ChatTemplate
+from mixlm.tokenization.prompt_encoder import PLAIN_FORM, PLAIN_TEMPLATE, PromptForm
 from mixlm.tokenization.tool_calls import call_text
 from mixlm.types import Message, Tool, ToolCall
 

@@ -7,7 +7,7 @@ from chat_templates import CHATML, PARTS
 from tokenizers import AddedToken
 from trained import trained
 
-from mixlm.tokenization.template_renderer import ChatTemplate
+from mixlm.tokenization.chat_template import ChatTemplate
 from mixlm.tokenization.turn_tokens import looks_like_control, text_after_response, turn_tokens
 
 _BARE = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content }}{{ '<|im_end|>\n' }}{% endfor %}"

@@ -23,7 +23,6 @@ from mixlm.engines.requests import (
     Forward,
     GenerateRequest,
     GenerateResponse,
-    LogitsRequest,
     Request,
     Response,
     ScoreRequest,
@@ -33,8 +32,8 @@ from mixlm.engines.requests import (
 )
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import PromptTooLongError, UnsupportedError, UsageError
-from mixlm.tokenization.chat_template import PromptEncoder
 from mixlm.tokenization.incremental import Encoder
+from mixlm.tokenization.prompt_encoder import PromptEncoder
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Floats, HiddenStates, Ids, Logits, LogitsRows, Sampling, TopKFilter
 from mixlm.units.base import TokenBuffer
@@ -232,9 +231,9 @@ class Engine(ABC):
     stops: strings that end a response by the model's chat template. notes: what a user should know about this model.
     details: dtype, device and the like, for reports. tokenizer_info: the tokenizer's family, normaliser and
     leading-space rule and the source of the chat template, for reports. weights_bytes: memory of the weights. device:
-    what it runs on; engines on equal devices are served in turn. top_k_limit: how many of its top tokens it can
-    return, None for all; the logits of such an engine are -inf for the others, and right up to a constant for these.
-    max_top_k: how many it returns at most where a `TopKFilter` wants more than that, None for no limit.
+    what it runs on; engines on equal devices are served in turn. top_k_limit: how many of its top tokens it returns
+    unless more are requested, None for all; the logits of such an engine are -inf for the others, and right up to a
+    constant for these. max_top_k: how many it returns at most where a `TopKFilter` wants more, None for no limit.
     takes_ids: with a `top_k_limit`, whether it can report the top tokens among given ids (`AllowedIds`).
     max_sequences: of how many sequences it keeps the KV cache, None for all; more push out one another's.
     hidden_size: numbers in a hidden state, the input of its output layer; None where it gives none.
@@ -353,10 +352,9 @@ def respond(session: Session, request: Request) -> Response:
         return session.generate(request)
     if isinstance(request, ScoreRequest):
         return session.token_logprobs(request.ids)
-    last = request.last if isinstance(request, LogitsRequest) else 1
-    if isinstance(request, LogitsRequest) and request.hidden:
+    if request.hidden:
         session.keep_hidden()
-    rows = session.logits_rows(request.ids, last, request.top_k_filter, request.allowed)
+    rows = session.logits_rows(request.ids, request.last, request.top_k_filter, request.allowed)
     return to_response(request, rows, session.hidden_states)
 
 

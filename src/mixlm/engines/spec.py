@@ -10,8 +10,7 @@ LOADING_OPTIONS = ("device_map", "max_memory", "quantization", "revision", "attn
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """A model and how to run it. Members with equal specs share one engine; those with equal
-    `weights_key` share weights.
+    """A model and how to run it. Members of equal specs share one engine; those of equal `weights_key` share weights.
 
     model: what the user named. dtype: "auto", "float32", "bfloat16" or "float16". device: "auto" or torch's name.
     template: a Jinja chat template in place of the model's own. system: a system message for every conversation.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,13 @@ from typing import Any
 
 from mixlm.engines.base import TextInterface
 from mixlm.engines.spec import EngineSpec
-from mixlm.errors import MixlmError, ModelLoadError, TemplateError, TokenizerError
+from mixlm.errors import MixlmError, ModelLoadError, TemplateError, TokenizerError, memory_errors
 from mixlm.models.cache import read_info
 from mixlm.models.tokenizer_tables import parse_tokenizer
-from mixlm.tokenization.chat_template import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
+from mixlm.tokenization.chat_template import ChatTemplate
 from mixlm.tokenization.conversation import ConversationRenderer
 from mixlm.tokenization.incremental import TokenizerEncoder
-from mixlm.tokenization.template_renderer import ChatTemplate
+from mixlm.tokenization.prompt_encoder import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
 from mixlm.tokenization.tokenizer_folder import (
     TOKENIZER_FILE,
     FolderTokenizer,
@@ -67,8 +67,6 @@ class TokenizerSetup:
         cls,
         source: str,
         name: str,
-        memory_errors: Callable[[str], AbstractContextManager[Any]] = nullcontext,
-        template: str | None = None,
         trust_remote_code: bool = False,
     ) -> TokenizerSetup:
         """Load a tokenizer from a folder or a hub id.
@@ -76,8 +74,6 @@ class TokenizerSetup:
         Args:
             source: folder or hub id.
             name: of the model, for messages.
-            memory_errors: translates errors that mean that memory ran out.
-            template: what a member has in place of the model's chat template.
             trust_remote_code: whether code in the folder may run.
 
         Raises:
@@ -90,10 +86,10 @@ class TokenizerSetup:
 
         def read(template: str | None) -> TokenizerSetup:
             with _without_collections():
-                tokenizer = load_tokenizer(source, name, memory_errors, trust_remote_code=trust_remote_code)
+                tokenizer = load_tokenizer(source, name, trust_remote_code=trust_remote_code)
                 return cls._set_up(tokenizer, name, ends, info.control if info else (), template, read)
 
-        return read(template)
+        return read(None)
 
     @classmethod
     def of(cls, tokenizer: Any, name: str, ends: Sequence[int]) -> TokenizerSetup:
@@ -213,13 +209,7 @@ class TokenizerSetup:
         return []
 
 
-def load_tokenizer(
-    source: str,
-    name: str,
-    memory_errors: Callable[[str], AbstractContextManager[Any]] = nullcontext,
-    *,
-    trust_remote_code: bool = False,
-) -> FolderTokenizer:
+def load_tokenizer(source: str, name: str, *, trust_remote_code: bool = False) -> FolderTokenizer:
     """Load the fast tokenizer of a folder or a hub id: see `TokenizerSetup.load`."""
     try:
         with memory_errors(name):
@@ -232,7 +222,7 @@ def load_tokenizer(
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise remote_code_error(f"the tokenizer of {name}") from error
-        raise ModelLoadError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from error
+        raise ModelLoadError(f"the tokenizer of {name} cannot be loaded: {error_summary(error)}") from error
 
 
 def _converted_tokenizer(source: str, name: str, *, trust_remote_code: bool) -> FolderTokenizer:
@@ -296,7 +286,7 @@ def _end_ids(file: Path) -> list[int]:
         if not all(type(i) is int and i < 1 << 31 for i in ids):
             raise ValueError(f"its eos_token_id is {ids}, and must be an id or a list of ids")
     except (OSError, ValueError, TypeError) as error:
-        raise ModelLoadError(f"{file} cannot be read: {first_line(error)}", "copy or download it again") from error
+        raise ModelLoadError(f"{file} cannot be read: {error_summary(error)}", "copy or download it again") from error
     return ids
 
 
@@ -315,7 +305,7 @@ def remote_code_error(what: str) -> ModelLoadError:
     )
 
 
-def first_line(error: BaseException) -> str:
+def error_summary(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

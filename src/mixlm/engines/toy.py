@@ -14,8 +14,8 @@ from mixlm.engines.base import Engine, Session, TextInterface
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import ConfigError, TokenizerError, UnsupportedError
-from mixlm.tokenization.chat_template import PLAIN_FORM, PromptEncoder, PromptForm
 from mixlm.tokenization.incremental import Encoded
+from mixlm.tokenization.prompt_encoder import PLAIN_FORM, PromptEncoder, PromptForm
 from mixlm.tokenization.tool_calls import plain_messages
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids, Logits, Message, Sampling
@@ -173,20 +173,18 @@ class ToySession(Session):
     def __init__(self, engine: ToyEngine) -> None:
         super().__init__(engine.context_length)
         self._engine = engine
-        self._context: list[int] = []
 
     def truncate(self, length: int) -> int:
-        """Cut the context to its first `length` ids."""
-        del self._context[length:]
+        """Return `length`: it keeps nothing but the ids."""
         return length
 
     def forward(self, ids: Ids, last: int) -> Logits:
-        """Append `ids` to the context and look up the logits of the last positions."""
+        """Look up the logits of the last positions of `ids`, behind those that are cached."""
         if self._engine.on_forward is not None:
             self._engine.on_forward(ids, last)
-        self._context += ids.tolist()
-        length = len(self._context)
-        rows = [self._engine.table(tuple(self._context[:end])) for end in range(length - last + 1, length + 1)]
+        context = (*self._cached.ids.tolist(), *ids.tolist())
+        length = len(context)
+        rows = [self._engine.table(context[:end]) for end in range(length - last + 1, length + 1)]
         if self.keeps_hidden:
             self.hidden_states = np.clip(rows, *_FLOAT16).astype(np.float16)
         return np.array(rows, dtype=np.float32)
@@ -204,5 +202,4 @@ class ToySession(Session):
             response.ids.append(int(distribution.ids[index]))
             response.logprobs.append(float(distribution.logprobs[index]))
         self.record_generation(request.ids, response, time.perf_counter() - start)
-        self._context = [*request.ids.tolist(), *response.ids]
         return response

@@ -1,207 +1,173 @@
-"""Messages as a member's prompt: special tokens come from the chat template and from nowhere else.
+"""Chat templates of Hugging Face models, rendered by Jinja alone.
 
-A chat template renders messages to one string in which special tokens are spelled out. When a user types the same
-spelling, it is plain text to every member. Such spellings in messages are therefore broken by a mark, a character that
-occurs in none of the messages. After rendering, whatever still spells a special token came from the template.
+The environment is the one that transformers renders in (`utils/chat_template_utils.py`), so a template gives the same
+text here as `apply_chat_template` gives there, without the import of transformers.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
-import numpy as np
+import jinja2
+from jinja2 import ext, meta, nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
-from mixlm.errors import ConfigError
-from mixlm.tokenization.incremental import Encoder, TokenizerEncoder
-from mixlm.tokenization.tool_calls import map_strings, tool_dict
-from mixlm.types import Ids, Message, Tool
+from mixlm.errors import TemplateError
 
-# For models without a template: a base model continues a question and the beginning of an answer best. An answer that
-# goes on stands as it was begun: without a space that it does not have.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}"
-    "{%- for message in messages %}"
-    "{%- if message.role == 'system' %}{{ message.content }}{{ '\n\n' }}"
-    "{%- elif message.role == 'user' %}Question: {{ message.content }}{{ '\n' }}"
-    "{%- elif message.role == 'assistant' %}Answer:"
-    "{{ '' if message.content[:1].isspace() or (loop.last and not add_generation_prompt) else ' ' }}"
-    "{{ message.content }}\n\n{% endif %}"
-    "{%- endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
-)
-# A base model that goes on to ask itself the next question has ended its answer.
-PLAIN_STOPS = ("\nQuestion:",)
-
-Render = Callable[..., str]
+_HINT = "give the member a template of its own: template_file = PATH"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptForm:
-    """How a conversation becomes a prompt.
-
-    Attributes:
-        tools: The functions that the completion may call.
-        variables: Further variables of the chat template, such as `enable_thinking`.
-        add_generation_prompt: Whether the prompt ends where a response begins, and not behind the last message.
-        continue_final_message: Whether the prompt ends within the last message, behind its content.
-    """
-
-    tools: tuple[Tool, ...] = ()
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-
-
-PLAIN_FORM = PromptForm()
-
-
-class PromptEncoder:
-    """Encodes messages, or a raw text, as one member's prompt ids.
+class ChatTemplate:
+    """A compiled chat template.
 
     Args:
-        encoder: The member's encoder of plain text.
-        special_tokens: Spelling and id of every special token.
-        render: Renders messages by the chat template, up to where the completion begins. It takes a `PromptForm` too
-            where one is given.
-        begin: Ids in front of a raw text: a BOS token or nothing.
+        source: The template.
+        variables: What the template may name besides the conversation: special tokens such as `bos_token`.
+        origin: Where the template comes from, for messages.
 
     Attributes:
-        system: This member's own system message, in front of that of a conversation.
-    """
-
-    system: str | None = None
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        special_tokens: Mapping[str, int],
-        render: Render,
-        begin: Sequence[int] = (),
-    ) -> None:
-        self._encoder = encoder
-        self._special_tokens = dict(special_tokens)
-        self._render = render
-        self._begin = list(begin)
-        self._spellings = _Spellings(self._special_tokens)
-        self._breakable = _Spellings(spelling for spelling in self._special_tokens if len(spelling) > 1)
-
-    @property
-    def template_variables(self) -> frozenset[str]:
-        """The names that the chat template takes from outside."""
-        return getattr(self._render, "variables", frozenset())
-
-    def chat(self, messages: Sequence[Message], form: PromptForm = PLAIN_FORM) -> Ids:
-        """Return the ids of a conversation, int64 (n,), up to where the completion begins."""
-        if self.system is not None:
-            systems = [message.content for message in messages[:1] if message.role == "system"]
-            messages = [Message("system", "\n\n".join([self.system, *systems])), *messages[len(systems) :]]
-        calls = [call.arguments for message in messages for call in message.tool_calls]
-        tools = [json.dumps(tool_dict(tool), ensure_ascii=False) for tool in form.tools]
-        mark = unused_character("".join([*(message.content for message in messages), *calls, *tools]))
-        safe = [
-            replace(
-                message,
-                content=self._escaped(message.content, mark),
-                tool_calls=tuple(
-                    replace(call, arguments=self._escaped(call.arguments, mark)) for call in message.tool_calls
-                ),
-            )
-            for message in messages
-        ]
-        if form == PLAIN_FORM:
-            return self._rendered_ids(self._render(safe), mark)
-        own = {name: value for name, value in form.variables.items() if name in self.template_variables}
-        safe_tools = tuple(self._escaped_tool(tool, mark) for tool in form.tools)
-        rendered = self._render(safe, replace(form, tools=safe_tools, variables=own))
-        return self._rendered_ids(rendered.replace(json.dumps(mark)[1:-1], mark), mark)
-
-    def _escaped_tool(self, tool: Tool, mark: str) -> Tool:
-        return Tool(
-            tool.name,
-            self._escaped(tool.description, mark),
-            map_strings(tool.parameters, lambda text: self._escaped(text, mark)),
-        )
-
-    def _escaped(self, text: str, mark: str) -> str:
-        """Put the mark after the first character of every spelling of a special token, overlapping ones included."""
-        cuts = [0, *(start + 1 for start, _ in self._breakable.find(text)), len(text)]
-        escaped = mark.join(text[start:end] for start, end in pairwise(cuts))
-        if isinstance(self._encoder, TokenizerEncoder) and self._encoder.spells_special(escaped):
-            return re.sub(r"(?<=\S)(?=\S)", mark, text)
-        return escaped
-
-    def raw(self, text: str) -> Ids:
-        """Return the ids of a text to be continued as it stands, int64 (n,); nothing in it is a special token."""
-        return np.array([*self._begin, *self._text_ids(text)], dtype=np.int64)
-
-    def prefix(self, end_ids: Collection[int]) -> list[int]:
-        """Return the ids in front of a text that is scored without a prompt: BOS, or end-of-text if there is none."""
-        return self._begin or sorted(end_ids)[:1]
-
-    def _rendered_ids(self, rendered: str, mark: str) -> Ids:
-        if isinstance(self._encoder, TokenizerEncoder):
-            return np.array(self._encoder.conversation(rendered, mark), dtype=np.int64)
-        ids: list[int] = []
-        end = 0
-        for start, spelling in self._spellings.find(rendered):
-            if start >= end:
-                ids += self._text_ids(rendered[end:start].replace(mark, ""))
-                ids.append(self._special_tokens[spelling])
-                end = start + len(spelling)
-        ids += self._text_ids(rendered[end:].replace(mark, ""))
-        return np.array(ids, dtype=np.int64)
-
-    def _text_ids(self, text: str) -> list[int]:
-        if not text:
-            return []
-        if isinstance(self._encoder, TokenizerEncoder):
-            return self._encoder.prompt(text, first=True)
-        return self._encoder.encode(text.encode(errors="replace")).ids
-
-
-class _Spellings:
-    """Finds strings of a set in a text. There may be thousands; a regular expression of them all takes seconds."""
-
-    _PREFIX = 4
-
-    def __init__(self, spellings: Iterable[str]) -> None:
-        self._all = frozenset(spelling for spelling in spellings if spelling)
-        self._lengths: dict[str, list[int]] = {}  # of the spellings with each prefix, in descending order
-        for length in sorted({len(spelling) for spelling in self._all}, reverse=True):
-            for prefix in {spelling[: self._PREFIX] for spelling in self._all if len(spelling) == length}:
-                self._lengths.setdefault(prefix, []).append(length)
-        # Prefixes are looked at and not consumed, so that a spelling inside another is found too.
-        prefixes = sorted(self._lengths, key=len, reverse=True)
-        self._pattern = re.compile(f"(?={'|'.join(map(re.escape, prefixes))})" if prefixes else "(?!)")
-
-    def find(self, text: str) -> Iterator[tuple[int, str]]:
-        """Yield where spellings begin, with the longest that begins there. They may overlap."""
-        for match in self._pattern.finditer(text):
-            start = match.start()
-            if (spelling := self._longest(text, start)) is not None:
-                yield start, spelling
-
-    def _longest(self, text: str, start: int) -> str | None:
-        for size in range(self._PREFIX, 0, -1):
-            for length in self._lengths.get(text[start : start + size], ()):
-                if (length >= size) and (spelling := text[start : start + length]) in self._all:
-                    return spelling
-        return None
-
-
-def unused_character(text: str) -> str:
-    """Return a private-use character that the text does not contain.
+        variables: The names that the template takes from outside.
 
     Raises:
-        ConfigError: the text contains all of them.
+        TemplateError: The template is not valid Jinja.
     """
-    used = set(text)
-    for block in (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)):
-        for code in block:
-            if chr(code) not in used:
-                return chr(code)
-    raise ConfigError("the messages contain every private-use character of Unicode", "take some of them out")
+
+    def __init__(self, source: str, variables: Mapping[str, str], origin: str) -> None:
+        self._variables = dict(variables)
+        self._origin = origin
+        environment = _environment()
+        try:
+            self._template = environment.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(f"{origin}, line {error.lineno}: {_sentence(error)}", _HINT) from error
+        except Exception as error:  # an invalid constant, such as 1 // 0, fails when it is compiled
+            raise TemplateError(f"{origin}: {_sentence(error)}", _HINT) from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Render a conversation.
+
+        Args:
+            messages: Each has "role" and "content".
+            add_generation_prompt: Whether to end where a response begins.
+            tools: JSON schemas of functions.
+            variables: Further ones that the template may name.
+
+        Raises:
+            TemplateError: The template refuses the conversation (`raise_exception`), or fails.
+        """
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **{**self._variables, **(variables or {})},
+            )
+        except _RefusedError as error:
+            raise TemplateError(f"{self._origin} refuses these messages: {_sentence(error)}", _HINT) from error
+        except Exception as error:  # whatever an expression in a template may raise
+            line = _line(error)
+            detail = f"{type(error).__name__}: {_sentence(error)}"
+            raise TemplateError(f"{self._origin}{line} fails: {detail}", _HINT) from error
+
+
+class _RefusedError(jinja2.TemplateError):
+    """A template called `raise_exception`."""
+
+
+class _GenerationTag(ext.Extension):
+    """`{% generation %}` marks what the assistant wrote; here its content is rendered as it stands."""
+
+    tags = {"generation"}  # noqa: RUF012 - so declared by Jinja
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the statements between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _TemplateNamespace(Namespace):
+    """`namespace()` without attributes that begin with an underscore."""
+
+    def __init__(*args: Any, **attributes: Any) -> None:
+        self, *rest = args
+        Namespace.__init__(self, *rest, **attributes)
+        for name in dict(*rest, **attributes):
+            _check_attribute(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        Namespace.__setitem__(self, name, value)
+
+
+class _Dict:
+    """`dict()` without the attributes of the class."""
+
+    def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
+        return dict(*args, **items)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+        "dict": _Dict(),
+        "namespace": _TemplateNamespace,
+    }
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise _RefusedError(message)
+
+
+def _check_attribute(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a template may not store the attribute {name!r} on a namespace")
+
+
+def _sentence(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _line(error: BaseException) -> str:
+    """Return the line of the template that an error comes from, in words."""
+    line, traceback = "", error.__traceback__
+    while traceback is not None:
+        if (
+            "__jinja_template__" in traceback.tb_frame.f_globals
+            or traceback.tb_frame.f_code.co_filename == "<template>"
+        ):
+            line = f", line {traceback.tb_lineno},"
+        traceback = traceback.tb_next
+    return line

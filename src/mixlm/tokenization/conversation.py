@@ -21,7 +21,7 @@ from typing import Any
 import markupsafe
 
 from mixlm.errors import ConfigError, TemplateError
-from mixlm.tokenization.chat_template import PLAIN_FORM, PromptForm, unused_character
+from mixlm.tokenization.prompt_encoder import PLAIN_FORM, PromptForm, unused_character
 from mixlm.tokenization.tool_calls import (
     CALL_BEGIN,
     HOW_TO_CALL,
@@ -69,8 +69,6 @@ class ConversationRenderer:
         """
         if not messages:
             raise ConfigError("the conversation has no messages", "give at least one message of the user")
-        if not form.tools and not any(message.role == "tool" or message.tool_calls for message in messages):
-            return self._first_complete(messages, form)
         try:
             rendered = self._first_complete(messages, form)
             if not form.tools or (CALL_BEGIN in rendered and '"arguments"' in rendered):

@@ -8,8 +8,7 @@ on and many templates describe:
     </tool_call>
 
 Further calls follow on the next line. The grammar fixes every character but the arguments (`core/grammar`), and JSON
-holds line breaks in strings as `\\n` only. So `call_parser` splits a completion at fixed strings,
-without ambiguity.
+holds line breaks in strings as `\\n` only. So `call_parser` splits a completion at fixed strings, without ambiguity.
 """
 
 from __future__ import annotations

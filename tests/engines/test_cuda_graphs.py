@@ -303,4 +303,4 @@ def test_captured_fixed_shapes_return_what_the_plain_forward_returns(load: Load,
     assert captured.details["short forwards"] == "captured graphs"
     agree(captured, usual)
     assert captured.runner.graphs is not None
-    assert any(step.is_captured for room in captured.runner.graphs.buffers for step in room.graphs.values())
+    assert any(step._graph is not None for room in captured.runner.graphs.buffers for step in room.graphs.values())

@@ -20,7 +20,7 @@ from mixlm.engines.transformers.attention_form import AttentionForm
 from mixlm.engines.transformers.kv_cache import KVBufferPool, KVCache
 from mixlm.engines.transformers.packed_sequences import PackedSequences
 from mixlm.engines.transformers.runner import _SLOTS
-from mixlm.engines.transformers.varlen import Lengths, VarlenKernel, varlen_kernels
+from mixlm.engines.transformers.varlen import Lengths, VarlenKernel
 
 HEADS, GROUPS, SIZE, LAYERS = 2, 3, 8, 2
 
@@ -192,7 +192,7 @@ def test_kernels_get_what_they_ask_for(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=of_flash_attn, __spec__=1))
     lengths = Lengths(torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([0, 9, 14], dtype=torch.int32), 3, 9)
     query, keys, values = (torch.randn(n, heads, SIZE) for n, heads in ((4, HEADS * GROUPS), (14, HEADS), (14, HEADS)))
-    kernel = next(kernel for kernel in varlen_kernels(torch.device("cuda")) if kernel.name == name)
+    kernel = next(kernel for kernel in load_trial.varlen_kernels(torch.device("cuda")) if kernel.name == name)
     for form in (FORMS["plain"], FORMS["window"], FORMS["softcap"], FORMS["sinks"]):
         if form.sinks is not None or (form.softcap is not None and name != "flash_attn"):
             with pytest.raises(NotImplementedError):
@@ -203,4 +203,4 @@ def test_kernels_get_what_they_ask_for(name, monkeypatch):
 
 
 def test_there_is_no_such_kernel_for_a_cpu():
-    assert varlen_kernels(torch.device("cpu")) == []
+    assert load_trial.varlen_kernels(torch.device("cpu")) == []

@@ -316,10 +316,10 @@ def test_each_adapter_and_each_regime_has_texts_of_its_own():
     cache.append(0, torch.ones(1, 32, 4), torch.ones(1, 32, 4))
     cache.length = 32
     ids = np.arange(32)
-    prefixes.leave(("a", None), ids, cache)
+    prefixes.insert(("a", None), ids, cache)
     assert prefixes.match(("a", None), ids, has_state=False) == 32
     assert prefixes.match((None, None), ids, has_state=False) == 0
-    assert prefixes.take(("b", None), ids, KVCache(), bool) == 0
+    assert prefixes.load(("b", None), ids, KVCache(), bool) == 0
 
 
 def test_the_tree_keeps_common_tokens_once_and_finds_any_prefix():
@@ -333,11 +333,11 @@ def test_the_tree_keeps_common_tokens_once_and_finds_any_prefix():
         tokens = torch.from_numpy(np.cumsum(ids)).float()[None, :, None]  # depends on all before it
         cache.append(0, tokens, -tokens)
         cache.length = len(ids)
-        prefixes.leave("key", ids, cache)
+        prefixes.insert("key", ids, cache)
         texts.append(ids)
         wanted = np.concatenate([texts[int(rng.integers(len(texts)))][: int(rng.integers(60))], rng.integers(0, 3, 5)])
         taken = KVCache()
-        length = prefixes.take("key", wanted, taken, bool)
+        length = prefixes.load("key", wanted, taken, bool)
         longest = max(int((np.cumprod(t[: len(wanted)] == wanted[: len(t)])).sum()) for t in texts)
         assert longest - MIN_TOKENS < length <= longest
         assert taken.length == length

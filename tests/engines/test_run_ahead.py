@@ -17,7 +17,7 @@ from toys import toys
 from mixlm.binding import MemberSpec
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
-from mixlm.decoding import engine_sampling
+from mixlm.decoding import mixture
 from mixlm.engines.base import Session
 from mixlm.engines.contract import *  # noqa: F403
 from mixlm.engines.contract import random_ids, uncached
@@ -385,7 +385,7 @@ def test_engines_that_do_not_run_ahead_get_no_hint(load_once: Load, monkeypatch:
     def never(*_: Any) -> int:
         raise AssertionError
 
-    monkeypatch.setattr(engine_sampling, "run_length", never)
+    monkeypatch.setattr(mixture, "run_length", never)
     toys("token", 2).generate("ab", raw=True, max_tokens=5)
     pair(load_once, "off", ("llama", "qwen2")).generate("the river", max_tokens=5)
     whole = pair(load_once, "on", ("llama", "qwen2"))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 from mixlm.engines.base import Session
-from mixlm.engines.requests import Forward, LogitsRequest, Request, Response, RunAheadHint, SampleRequest, to_response
+from mixlm.engines.requests import Forward, ForwardRequest, Request, Response, RunAheadHint, to_response
 from mixlm.types import Ids, Logits, LogitsRow, TopKFilter
 
 
@@ -57,16 +57,19 @@ class _BatchItem(NamedTuple):
     input: SequenceInput
 
 
-def respond_batched(requests: Sequence[tuple[Session, Request]], run: RunBatch, max_tokens: int) -> list[Response]:
+def respond_batched(
+    requests: Sequence[tuple[Session, ForwardRequest]], run: RunBatch, max_tokens: int
+) -> list[Response]:
     """Serve requests in as few forward passes as possible. Responses in the order of requests.
 
     Args:
-        requests: `LogitsRequest` and `SampleRequest`.
+        requests: of any sessions.
         run: runs one forward pass.
         max_tokens: of one forward pass, unless a single request has more.
     """
     responses: list[Response] = [None] * len(requests)
     waiting = list(range(len(requests)))
+    outputs: dict[int, SequenceOutput] = {}
     while waiting:
         # A session with several requests serves them one after the other.
         first = {id(requests[index][0]): index for index in reversed(waiting)}
@@ -75,22 +78,21 @@ def respond_batched(requests: Sequence[tuple[Session, Request]], run: RunBatch, 
         items = []
         for index in current:
             session, request = requests[index]
-            last = request.last if isinstance(request, LogitsRequest) else 1
-            if isinstance(request, LogitsRequest) and request.hidden:
+            if request.hidden:
                 session.keep_hidden()
-            cached = session.rollback(request.ids, last)
+            cached = session.rollback(request.ids, request.last)
             if cached is None:
-                responses[index] = session.last_logits
+                outputs[index] = session.last_logits
             else:
-                top_k_filter = request.top_k_filter if isinstance(request, LogitsRequest | SampleRequest) else None
-                run_ahead = request.run_ahead if isinstance(request, SampleRequest) else None
-                rest = SequenceInput(session, request.ids[cached:], last, top_k_filter, run_ahead)
+                rest = SequenceInput(
+                    session, request.ids[cached:], request.last, request.top_k_filter, request.run_ahead
+                )
                 items.append(_BatchItem(index, request.ids, rest))
         for item, output in zip(items, _run_items(items, run, max_tokens), strict=True):
-            responses[item.position] = output
+            outputs[item.position] = output
         for index in current:
             session, request = requests[index]
-            responses[index] = to_response(request, responses[index], session.hidden_states)
+            responses[index] = to_response(request, outputs[index], session.hidden_states)
     return responses
 
 

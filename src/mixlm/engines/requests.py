@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,7 @@ class LogitsRequest:
     top_k_filter: TopKFilter | None = None
     hidden: bool = False
     allowed: AllowedIds = ()
+    run_ahead: ClassVar[None] = None
 
 
 class LogitsAndHidden(NamedTuple):
@@ -72,8 +73,8 @@ class SampleRequest:
     """Request one symbol after `ids`, sampled on the host. Response: `SampleResponse`.
 
     sample: called with the logits (vocab,), or with any `LogitsRow` where there is a `top_k_filter`. allowed: see
-    `AllowedIds`; of one prefix. run_ahead: what
-    will probably be requested next, for engines with a `run_ahead_depth`. It changes no response.
+    `AllowedIds`; of one prefix. run_ahead: what will probably be requested next, for engines with a `run_ahead_depth`.
+    It changes no response.
     """
 
     member: int
@@ -82,6 +83,8 @@ class SampleRequest:
     top_k_filter: TopKFilter | None = None
     run_ahead: RunAheadHint | None = None
     allowed: AllowedIds = ()
+    last: ClassVar[int] = 1
+    hidden: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ class GenerateRequest:
     sampling: Sampling
     banned: Ids
     seed: int
+    last: ClassVar[int] = 1
 
 
 class GenerateResponse(NamedTuple):
@@ -120,9 +124,11 @@ class ScoreRequest:
 
     member: int
     ids: Ids
+    last: ClassVar[int] = 1
 
 
-Request = LogitsRequest | SampleRequest | GenerateRequest | ScoreRequest
+ForwardRequest = LogitsRequest | SampleRequest  # served from the logits of a forward pass
+Request = ForwardRequest | GenerateRequest | ScoreRequest
 Response = Any  # see the docstring of each request
 
 

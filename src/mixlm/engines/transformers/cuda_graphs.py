@@ -116,11 +116,6 @@ class CapturedForward(FixedShapeForward):
         self._graph: Any = None
         self._logits: torch.Tensor | None = None
 
-    @property
-    def is_captured(self) -> bool:
-        """Whether the next run replays the graph."""
-        return self._graph is not None
-
     def run(self, buffer: KVBuffer) -> torch.Tensor:
         """Return the logits, (outputs, vocab), valid until the next run."""
         if self._logits is None:

@@ -14,9 +14,8 @@ from mixlm.engines.toy import WORD_TOKENS, toy_text
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.engines.transformers.memory import memory_errors
 from mixlm.engines.transformers.model_loading import parse_device, parse_dtype
-from mixlm.errors import ModelNotFoundError, did_you_mean
+from mixlm.errors import ModelNotFoundError, did_you_mean, memory_errors
 
 PREFIX = "shape:"
 LABEL = "real architecture and size, weights filled with numbers: for measuring speed only"

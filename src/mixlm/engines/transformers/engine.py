@@ -6,15 +6,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mixlm.engines.base import Engine, Session, TextInterface
-from mixlm.engines.requests import Request, Response
+from mixlm.engines.requests import ForwardRequest, Request, Response
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup, as_ids
 from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.engines.transformers.memory import memory_errors
 from mixlm.engines.transformers.model_loading import (
     context_length,
     find_model,
@@ -23,7 +22,6 @@ from mixlm.engines.transformers.model_loading import (
     parse_device,
     parse_dtype,
     quantization,
-    share_weights,
     vocabulary_size,
 )
 from mixlm.engines.transformers.runner import ModelRunner
@@ -87,7 +85,7 @@ class HFEngine(Engine):
         from mixlm.engines.transformers.few_rows import speed_up_linear_layers
 
         trusted = spec.trust_remote_code
-        tokenizer = TokenizerSetup.load(source, spec.name, memory_errors, trust_remote_code=trusted)
+        tokenizer = TokenizerSetup.load(source, spec.name, trust_remote_code=trusted)
         device = parse_device(spec.device)
         model, notes = load_model(source, spec, parse_dtype(spec.dtype, device), device)
         speed_up_linear_layers(model)
@@ -110,6 +108,7 @@ class HFEngine(Engine):
             TokenizerError: the tokenizer's tokens cannot be mapped to bytes.
         """
         from mixlm.engines.transformers.few_rows import speed_up_linear_layers
+        from mixlm.engines.transformers.shared_weights import share_weights
 
         shared = share_weights(model, spec.name)
         speed_up_linear_layers(shared)
@@ -184,4 +183,6 @@ class HFEngine(Engine):
         """Serve all requests, in one forward pass where they fit and the model can."""
         # A session of another type, such as one that caches responses, is served by itself.
         batched = self.runner.batches and all(isinstance(session, HFSession) for session, _ in requests)
-        return self.runner.respond(requests) if batched else super().respond(requests)
+        if not batched:
+            return super().respond(requests)
+        return self.runner.respond(cast("Sequence[tuple[Session, ForwardRequest]]", requests))

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mixlm.engines.base import respond
 from mixlm.engines.requests import LogitsRequest
-from mixlm.engines.tokenizer_setup import first_line
+from mixlm.engines.tokenizer_setup import error_summary
 from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.model_loading import vocabulary_size
 from mixlm.engines.transformers.position_frequencies import unknown_frequencies
 from mixlm.engines.transformers.runner import ForwardPath, ModelRunner
 from mixlm.engines.transformers.session import HFSession
-from mixlm.engines.transformers.varlen import varlen_kernels
 from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
 from mixlm.types import Ids, Logits
+
+if TYPE_CHECKING:
+    from mixlm.engines.transformers.varlen import VarlenKernel
 
 # Kinds of layers that each path is tried for: a trial tells of others up to its own length only.
 _BATCHED_LAYERS = {"full_attention", "sliding_attention"}
@@ -53,6 +56,15 @@ def load_runner(loaded: LoadedModel, name: str, graphs: str = "auto", prefix_cac
     return runner
 
 
+def varlen_kernels(device: Any) -> list[VarlenKernel]:
+    """Return the kernels that are installed for a device, in the order in which they are tried."""
+    if device.type != "cuda":
+        return []
+    from mixlm.engines.transformers.varlen import KERNELS
+
+    return [kernel for kernel in KERNELS if find_spec(kernel.name) is not None]
+
+
 class _LoadTrial:
     """The trials of one model."""
 
@@ -61,7 +73,7 @@ class _LoadTrial:
         self._model = loaded.model
         self._name = name
         self._vocab_size = vocabulary_size(self._model)
-        self._tolerance, self._over = self_test.limit(self._model.dtype)
+        self._tolerance, self._aggregate = self_test.tolerance_and_aggregate(self._model.dtype)
 
     def runner(self, graphs: str) -> ModelRunner:
         runner = self._choose_path()
@@ -108,7 +120,7 @@ class _LoadTrial:
 
     def _with_snapshot_size(self, runner: ModelRunner, ids: Ids, details: dict[str, str]) -> ModelRunner:
         """Return a runner like this one that reports what a snapshot takes."""
-        from mixlm.engines.transformers.model_cache import MAX_SNAPSHOTS
+        from mixlm.engines.transformers.snapshot_cache import MAX_SNAPSHOTS
 
         session = HFSession(runner, 1 << 20)
         session.logits(ids)
@@ -149,7 +161,7 @@ class _LoadTrial:
         if path is ForwardPath.PACKED and not register(self._model):
             self._model.set_attn_implementation(attention)
             return "its attention is code of its own"
-        failure = self_test.failure(trial, self._tolerance, self._over, larger)
+        failure = self_test.failure(trial, self._tolerance, self._aggregate, larger)
         if failure is not None and path is ForwardPath.PACKED:
             self._model.set_attn_implementation(attention)
         return failure
@@ -160,7 +172,7 @@ class _LoadTrial:
         In float32 it is larger where a change of the embeddings by one unit in the last place, which any other order of
         sums amounts to, changes the distributions about as much.
         """
-        if self._over is not max:
+        if self._aggregate is not max:
             return self._tolerance
 
         def rounded(_: Any, __: Any, embeddings: Any) -> Any:
@@ -177,12 +189,12 @@ class _LoadTrial:
         return min(max(self._tolerance, 4 * self._distance(changed, expected)), self._refused_from)
 
     def _distance(self, a: Iterable[Logits], b: Iterable[Logits]) -> float:
-        return self._over([self_test.total_variation(*pair) for pair in zip(a, b, strict=True)])
+        return self._aggregate([self_test.total_variation(*pair) for pair in zip(a, b, strict=True)])
 
     @property
     def _refused_from(self) -> float:
         """What no path mends: from this distance on a model is refused."""
-        return (10 if self._over is max else 1) * self_test.limit(self._model.dtype)[0]
+        return (10 if self._aggregate is max else 1) * self_test.tolerance_and_aggregate(self._model.dtype)[0]
 
     def _whole_text_logits(self, runner: ModelRunner, ids: Ids, ends: Sequence[int] | None = None) -> Logits:
         """Return the logits after each prefix of a text, where the model gives them whatever follows.
@@ -200,7 +212,8 @@ class _LoadTrial:
             raise
         except Exception as error:
             raise ModelLoadError(
-                f"{self._name} ({self._model.config.model_type}) fails in its first forward pass: {first_line(error)}",
+                f"{self._name} ({self._model.config.model_type}) fails in its first forward pass: "
+                f"{error_summary(error)}",
                 "give a causal language model that transformers can run on text alone",
             ) from error
         if not np.isfinite(whole.max(axis=1)).all():

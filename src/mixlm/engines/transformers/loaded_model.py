@@ -93,7 +93,7 @@ def check_peft(adapter: str) -> None:
 def adapter_bytes(adapter: str) -> int:
     """Return the memory of an adapter, a folder or hub id, from its files. Raises what `LoadedModel.add` raises."""
     check_peft(adapter)
-    from mixlm.engines.transformers.lora import read_adapter
+    from mixlm.engines.transformers.adapters import read_adapter
 
     return count_bytes(read_adapter(adapter)[1].values())
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from logging import getLogger
 from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import first_line
-from mixlm.engines.transformers.memory import memory_errors
-from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError
+from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError, memory_errors
 from mixlm.models.resolve import resolve
 
 _LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # of a configuration: tokens of a text
@@ -203,79 +200,3 @@ def parse_dtype(name: str, device: Any) -> Any:
         return getattr(torch, name)
     fast = device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
-
-
-def share_weights(model: Any, name: str) -> Any:
-    """Return a model of its own on the tensors of a loaded one, which keeps its mode, its attention and its hooks.
-
-    Of a PEFT model it is the base model with the adapters that are active, merged or not.
-
-    Args:
-        model: a causal language model of transformers, or a PEFT model of one.
-        name: of the model, for messages.
-
-    Raises:
-        ConfigError: it is none.
-        UnsupportedError: its adapter is more than a part of the model's layers (prompt and prefix tuning, aLoRA).
-    """
-    model = getattr(model, "_orig_mod", model)  # of one that torch.compile was called for: what it compiles
-    is_adapted = hasattr(model, "get_base_model")
-    kind = type(model.active_peft_config).__name__ if is_adapted else ""
-    if is_adapted and getattr(model.active_peft_config, "is_prompt_learning", False):
-        raise UnsupportedError(
-            f"the adapter of {name} puts tokens of its own in front of the text ({kind})",
-            "use LoRA or another adapter that changes layers",
-        )
-    base = model.get_base_model() if is_adapted else model
-    output = getattr(base, "get_output_embeddings", lambda: None)()
-    if output is None or getattr(base, "config", None) is None:
-        raise ConfigError(
-            f"{type(base).__name__} is no causal language model of transformers",
-            "hand over (model, tokenizer): what AutoModelForCausalLM and AutoTokenizer load",
-        )
-    try:
-        shared = copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)}).eval()
-        complete = not is_adapted or _is_all(shared)
-    except Exception as error:
-        raise ModelLoadError(
-            f"{name} cannot be shared: {type(error).__name__}: {first_line(error)}",
-            "save it with save_pretrained, and name the folder",
-        ) from error
-    if not complete:
-        raise UnsupportedError(
-            f"the adapter of {name} does more than its layers do, such as to look for where it begins ({kind})",
-            "use LoRA or another adapter that changes layers alone",
-        )
-    return shared.get_base_model() if is_adapted else shared
-
-
-def _is_all(adapted: Any) -> bool:
-    """Whether the base model of a PEFT model, with the adapters in its layers, computes what the PEFT model does."""
-    import torch
-
-    from mixlm.engines.transformers import self_test
-
-    base = adapted.get_base_model()
-    begins = [
-        i for config in adapted.peft_config.values() for i in getattr(config, "alora_invocation_tokens", None) or ()
-    ]
-    tokens = [*self_test.sample_ids(vocabulary_size(base)).tolist(), *begins, 0]
-    ids = torch.tensor([tokens], device=base.device)
-    with torch.inference_mode():
-        rows, expected = (
-            each(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy() for each in (base, adapted)
-        )
-    tolerance, over = self_test.limit(base.dtype)
-    return over([self_test.total_variation(*pair) for pair in zip(rows, expected, strict=True)]) < tolerance
-
-
-def _tensors(model: Any) -> Iterator[Any]:
-    """Yield all tensors of a model: parameters, buffers, and those that layers keep otherwise, as quantised ones do."""
-    import torch
-
-    for module in model.modules():
-        values = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-        # What libraries for quantisation keep beside a tensor: bitsandbytes' `quant_state` of a parameter.
-        inner = [part for value in values if hasattr(value, "__dict__") for part in vars(value).values()]
-        inner += [part for value in inner if hasattr(value, "__dict__") for part in vars(value).values()]
-        yield from (value for value in [*values, *inner] if isinstance(value, torch.Tensor))

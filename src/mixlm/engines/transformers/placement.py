@@ -11,7 +11,7 @@ from typing import Any
 
 from mixlm.choices import QUANTIZATIONS
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import first_line, remote_code_error
+from mixlm.engines.tokenizer_setup import error_summary, remote_code_error
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, did_you_mean
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -116,7 +116,7 @@ def fetch_revision(hub_id: str, revision: str, *, weights: bool = True) -> str:
         folder: str = snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
     except Exception as error:
         raise ModelLoadError(
-            f"revision {revision!r} of {hub_id} cannot be fetched: {first_line(error)}",
+            f"revision {revision!r} of {hub_id} cannot be fetched: {error_summary(error)}",
             "give a branch, a tag or a commit of the repository",
         ) from error
     return folder
@@ -216,7 +216,7 @@ def load_error(spec: EngineSpec, error: Exception) -> ModelLoadError:
     name = spec.name or spec.model
     if "trust_remote_code" in str(error):
         return remote_code_error(name)
-    reason = first_line(error)
+    reason = error_summary(error)
     hint = "give the whole folder of a causal language model"
     if given := [option for option in spec.loading_options if option != "revision"]:  # that is not to blame
         hint = f"leave out {' and '.join(given)}, or change it"

@@ -1,9 +1,9 @@
 """KV caches of texts that ended, for sequences that begin with the same tokens.
 
 A tree of segments (as in SGLang's RadixAttention, Zheng et al., 2024, arXiv 2312.07104): a node has some tokens with
-their keys and values, and its children go on from there, so what texts have in common is kept once. Sequences copy what
-they take and what they leave: a copy takes a fraction of a percent of the time that the tokens would take to run, and
-no sequence can change another's. The least recently used ends of the tree go first when the memory is spent.
+their keys and values, and its children go on from there, so what texts have in common is kept once. What is loaded and
+what is inserted is copied: a copy takes a fraction of a percent of the time that the tokens would take to run, and no
+sequence can change another's. The least recently used ends of the tree go first when the memory is spent.
 
 A tree belongs to one adapter of one model, and to one regime of position frequencies: nothing else tells equal tokens
 apart. The state of a recurrent layer is that of one length, so there a text is taken up to the end of a node.
@@ -12,18 +12,23 @@ apart. The state of a recurrent layer is that of one length, so there a text is 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from mixlm.engines.base import common_prefix
-from mixlm.engines.transformers.memory import is_memory_error
+from mixlm.errors import is_memory_error
 from mixlm.types import Ids
 
 if TYPE_CHECKING:
     import torch
+
+    from mixlm.engines.transformers.kv_cache import KVCache
+    from mixlm.engines.transformers.snapshot_cache import SnapshotCache
+
+    SequenceCache: TypeAlias = KVCache | SnapshotCache  # what a sequence keeps between its forward passes
 
 MIN_TOKENS = 16  # fewer are neither kept by themselves nor looked for
 
@@ -56,27 +61,8 @@ class Segment(NamedTuple):
         return self.state_bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-class CopyableCache(Protocol):
-    """A sequence's cache that segments can be copied from and to. has_state: whether some layers are recurrent."""
-
-    length: int
-    has_state: bool
-
-    def lengths(self) -> list[int]:
-        """Return the lengths that texts may be kept at."""
-        ...
-
-    def copy_segment(self, start: int, end: int) -> Segment:
-        """Return a copy of what it holds of the tokens from `start` to `end`."""
-        ...
-
-    def load(self, segments: Sequence[Segment], length: int) -> None:
-        """Fill a new cache with `length` tokens."""
-        ...
-
-
 class _Node:
-    """Some tokens behind those of its parent. used: when it was last taken or left, as a number that rises."""
+    """Some tokens behind those of its parent. used: when it was last loaded or inserted, as a number that rises."""
 
     def __init__(self, ids: Ids, segment: Segment, parent: _Node | None, used: int) -> None:
         self.ids = ids
@@ -101,11 +87,11 @@ class PrefixCache:
         self._lock = threading.Lock()
 
     def match(self, key: Hashable, ids: Ids, *, has_state: bool) -> int:
-        """Return how many tokens `take` would find of `ids`. key: of the tree; has_state: as of the cache."""
+        """Return how many tokens `load` would find of `ids`. key: of the tree; has_state: as of the cache."""
         with self._lock:
             return sum(part for _, part in self._path(key, ids, has_state))
 
-    def take(self, key: Hashable, ids: Ids, cache: CopyableCache, is_worthwhile: Callable[[int], bool]) -> int:
+    def load(self, key: Hashable, ids: Ids, cache: SequenceCache, is_worthwhile: Callable[[int], bool]) -> int:
         """Fill a new cache with the longest prefix of `ids` that is kept, if its length is worth it.
 
         Returns:
@@ -131,7 +117,7 @@ class PrefixCache:
                 return 0
             return length
 
-    def leave(self, key: Hashable, ids: Ids, cache: CopyableCache, *, wait: bool = True) -> None:
+    def insert(self, key: Hashable, ids: Ids, cache: SequenceCache, *, wait: bool = True) -> None:
         """Keep a text: what is not kept of it yet is copied from its cache.
 
         Args:
@@ -146,7 +132,7 @@ class PrefixCache:
             return
         try:
             with torch.inference_mode():
-                self._leave(key, ids, cache)
+                self._insert(key, ids, cache)
         except Exception as error:
             if not is_memory_error(error):
                 raise
@@ -186,7 +172,7 @@ class PrefixCache:
                 break
         return path
 
-    def _leave(self, key: Hashable, ids: Ids, cache: CopyableCache) -> None:
+    def _insert(self, key: Hashable, ids: Ids, cache: SequenceCache) -> None:
         now = next(self._clock)
         path = self._walk(key, ids)
         for node, _ in path:
@@ -196,9 +182,11 @@ class PrefixCache:
         known = done == len(ids) and (not cache.has_state or (last is not None and self._ends_with_state(last, part)))
         if known or (len(ids) - done < MIN_TOKENS and not (cache.has_state and done == len(ids))):
             return
-        parent = self._split(last, part) if last is not None else self._roots.setdefault(key, _root())
+        parent = self._split(last, part) if last is not None else self._root(key)
         if done == len(ids):
-            self._set_state(parent, cache.copy_segment(done, done))
+            state = cache.copy_segment(done, done)
+            parent.segment = parent.segment._replace(state=state.state, state_bytes=state.state_bytes)
+            self.nbytes += state.state_bytes
         else:
             segment = cache.copy_segment(done, len(ids))
             if segment.nbytes > self.max_bytes:
@@ -207,13 +195,12 @@ class PrefixCache:
             self.nbytes += segment.nbytes
         self._evict()
 
+    def _root(self, key: Hashable) -> _Node:
+        return self._roots.setdefault(key, _Node(np.zeros(0, dtype=np.int64), Segment(0, {}), None, 0))
+
     @staticmethod
     def _ends_with_state(node: _Node, part: int) -> bool:
         return part == len(node.ids) and node.segment.state is not None
-
-    def _set_state(self, node: _Node, segment: Segment) -> None:
-        node.segment = node.segment._replace(state=segment.state, state_bytes=segment.state_bytes)
-        self.nbytes += segment.state_bytes
 
     def _split(self, node: _Node, part: int) -> _Node:
         """Divide a node behind its first tokens. Returns the node of these: itself where there is nothing to divide."""
@@ -230,17 +217,14 @@ class PrefixCache:
     def _evict(self) -> None:
         """Forget the least recently used ends of texts until the memory is enough."""
         while self.nbytes > self.max_bytes:
-            node = min((leaf for root in self._roots.values() for leaf in _leaves(root)), key=lambda leaf: leaf.used)
+            leaves = (leaf for root in self._roots.values() for leaf in _leaf_nodes(root))
+            node = min(leaves, key=lambda leaf: leaf.used)
             assert node.parent is not None
             del node.parent.children[int(node.ids[0])]
             self.nbytes -= node.segment.nbytes
 
 
-def _root() -> _Node:
-    return _Node(np.zeros(0, dtype=np.int64), Segment(0, {}), None, 0)
-
-
-def _leaves(node: _Node) -> Iterator[_Node]:
+def _leaf_nodes(node: _Node) -> Iterator[_Node]:
     nodes = list(node.children.values())
     while nodes:
         child = nodes.pop()

@@ -6,23 +6,24 @@ import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from mixlm.engines.base import Session, common_prefix, respond
 from mixlm.engines.batching import SequenceInput, SequenceOutput, respond_batched
-from mixlm.engines.requests import LogitsRequest, Request, Response
+from mixlm.engines.requests import ForwardRequest, Response
 from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.engines.transformers.memory import is_memory_error, memory_errors
-from mixlm.engines.transformers.prefix_cache import MIN_TOKENS, CopyableCache, PrefixCache
+from mixlm.engines.transformers.prefix_cache import MIN_TOKENS, PrefixCache
 from mixlm.engines.transformers.session import HFSession
+from mixlm.errors import is_memory_error, memory_errors
 from mixlm.types import Ids, Logits, LogitsRow
 
 if TYPE_CHECKING:
     from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
     from mixlm.engines.transformers.device_topk import DeviceTopK
+    from mixlm.engines.transformers.prefix_cache import SequenceCache
     from mixlm.engines.transformers.run_ahead import DeviceSampler
     from mixlm.engines.transformers.varlen import VarlenKernel
 
@@ -52,18 +53,6 @@ class ForwardPath(StrEnum):
     SNAPSHOTS = "one sequence, with snapshots"
     STEPS = "one sequence, token by token"
     WHOLE = "one whole text"
-
-
-class SequenceCache(CopyableCache, Protocol):
-    """What a sequence keeps between its forward passes."""
-
-    def nearest(self, length: int) -> int:
-        """Return the length to which `truncate` would cut."""
-        ...
-
-    def truncate(self, length: int) -> int:
-        """Cut to the first `length` tokens, or to fewer. Returns how many are kept."""
-        ...
 
 
 class ModelRunner:
@@ -172,10 +161,10 @@ class ModelRunner:
             return KVCache(self._pool if self.graphs is None else self.graphs.pool)
         from transformers import DynamicCache
 
-        from mixlm.engines.transformers.model_cache import ModelCache
+        from mixlm.engines.transformers.snapshot_cache import SnapshotCache
 
         # A cache made from the model's config would drop what leaves a window, and could not be cropped into it.
-        return ModelCache(DynamicCache() if self.path is ForwardPath.CROPPED else None)
+        return SnapshotCache(DynamicCache() if self.path is ForwardPath.CROPPED else None)
 
     def begins_anew(self, cached: int, length: int) -> bool:
         """Whether one pass over a text of `length` tokens takes less time than one for each that is not cached."""
@@ -205,7 +194,7 @@ class ModelRunner:
             runner.graphs = self.graphs.uncaptured()  # captured passes apply the adapter they were captured with
         return self.loaded.runners.setdefault(adapter, runner)
 
-    def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
+    def respond(self, requests: Sequence[tuple[Session, ForwardRequest]]) -> list[Response]:
         """Serve requests of several sessions together; what their texts have in common is run once."""
         responses: list[Response] = [None] * len(requests)
         waiting = list(range(len(requests)))
@@ -216,7 +205,7 @@ class ModelRunner:
             waiting = [index for index in waiting if index not in set(current)]
         return responses
 
-    def _without_common(self, requests: Sequence[tuple[Session, Request]], waiting: list[int]) -> list[int]:
+    def _without_common(self, requests: Sequence[tuple[Session, ForwardRequest]], waiting: list[int]) -> list[int]:
         """Return the requests, by index, that run now: not those that find more in the prefix cache after these."""
         if self.prefixes is None or len(waiting) == 1:
             return waiting
@@ -226,8 +215,8 @@ class ModelRunner:
         for index in waiting:
             session, request = requests[index]
             if id(session) not in first:
-                wanted = request.ids[: len(request.ids) - (request.last if isinstance(request, LogitsRequest) else 1)]
-                cached = session.cached_tokens(request.ids, len(request.ids) - len(wanted))
+                wanted = request.ids[: -request.last]
+                cached = session.cached_tokens(request.ids, request.last)
                 missing = len(wanted) - cached >= MIN_TOKENS
                 common = max((common_prefix(ids, wanted) for ids in leading), default=0) if missing else 0
                 first[id(session)] = common - cached < MIN_TOKENS
@@ -237,14 +226,14 @@ class ModelRunner:
                 current.append(index)
         return current
 
-    def _respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
+    def _respond(self, requests: Sequence[tuple[Session, ForwardRequest]]) -> list[Response]:
         if self.frequencies is None:
             return respond_batched(requests, self.run, MAX_BATCH_TOKENS)
         responses: list[Response] = [None] * len(requests)
         groups: dict[Hashable, list[int]] = {}
         for index, (session, request) in enumerate(requests):
-            length, last = len(request.ids), request.last if isinstance(request, LogitsRequest) else 1
-            if self.regime(length) == self.regime(length - last + 1):
+            length = len(request.ids)
+            if self.regime(length) == self.regime(length - request.last + 1):
                 groups.setdefault(self.regime(length), []).append(index)
             else:
                 responses[index] = respond(session, request)
@@ -311,7 +300,7 @@ class ModelRunner:
         """Run one sequence of a model that cannot run several at once. Returns a tensor (last, vocab)."""
         import torch
 
-        cache = cast(HFSession, item.session).cache  # a `ModelCache`, unless whole texts run
+        cache = cast(HFSession, item.session).cache  # a `SnapshotCache`, unless whole texts run
         steps = self.path is ForwardPath.STEPS and cache.length > 0
         rows = []
         for ids in np.split(item.ids, len(item.ids)) if steps else [item.ids]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.tokenizer_setup import first_line
+from mixlm.engines.tokenizer_setup import error_summary
 from mixlm.types import Ids, Logits
 
 LENGTH = 24  # tokens
@@ -32,7 +32,7 @@ _SPECIAL = re.compile(
 def failure(
     trial: Callable[[], Iterable[tuple[Logits, Logits]]],
     tolerance: float = TOLERANCE,
-    over: Callable[[Sequence[float]], float] = max,
+    aggregate: Callable[[Sequence[float]], float] = max,
     larger: Callable[[], float] | None = None,
 ) -> str | None:
     """Return why a trial failed; None where its pairs of logits, (n,), give nearly equal distributions.
@@ -40,15 +40,15 @@ def failure(
     Args:
         trial: Yields the pairs.
         tolerance: Of the total variation.
-        over: What is compared with the tolerance: of the distances of all pairs, the largest or another figure.
+        aggregate: What is compared with the tolerance: of the distances of all pairs, the largest or another figure.
         larger: Makes a larger tolerance, where that one is exceeded.
     """
     try:
-        distance = over([total_variation(logits, expected) for logits, expected in trial()])
+        distance = aggregate([total_variation(logits, expected) for logits, expected in trial()])
     except NotImplementedError as error:
-        return first_line(error)
+        return error_summary(error)
     except Exception as error:
-        return f"a trial fails: {first_line(error)}"
+        return f"a trial fails: {error_summary(error)}"
     if distance < tolerance or (larger is not None and distance < larger()):
         return None
     return f"its distributions differ from those of whole texts by {distance:.2g}"
@@ -60,7 +60,7 @@ def total_variation(a: Logits, b: Logits) -> float:
     return float(0.5 * np.abs(p / p.sum() - q / q.sum()).sum())
 
 
-def limit(dtype: Any) -> tuple[float, Callable[[Sequence[float]], float]]:
+def tolerance_and_aggregate(dtype: Any) -> tuple[float, Callable[[Sequence[float]], float]]:
     """Return the tolerance of the ways to run a whole model, and what of all distances is compared with it.
 
     Below float32 a rounding may choose another expert somewhere; what is computed otherwise differs at most positions.

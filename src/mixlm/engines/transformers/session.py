@@ -65,14 +65,14 @@ class HFSession(Session):
         if (regime := self._runner.regime(len(ids))) != self._regime:
             self.reset()
             self._regime = regime
-        self._take_prefix(ids, last)
+        self._load_prefix(ids, last)
         cached = super().rollback(ids, last)
         if cached and self._runner.begins_anew(cached, len(ids)):
             self.reset()
             return 0
         return cached
 
-    def _take_prefix(self, ids: Ids, last: int) -> None:
+    def _load_prefix(self, ids: Ids, last: int) -> None:
         """Take what other sequences left of a text, where that is enough more than this one has."""
         prefixes = self._runner.prefixes
         if prefixes is None or not 1 <= last <= len(ids) <= self.context_length:
@@ -88,7 +88,7 @@ class HFSession(Session):
         cache = self._runner.new_cache()
         # A forward pass that runs out of memory in another thread frees some and tries again: it needs that itself.
         with self._runner.loaded.lock:
-            length = prefixes.take((self._runner.adapter, self._regime), wanted, cache, is_worthwhile)
+            length = prefixes.load((self._runner.adapter, self._regime), wanted, cache, is_worthwhile)
         if length:
             self.reset()
             self.cache = cache
@@ -99,11 +99,11 @@ class HFSession(Session):
         """Record a forward pass; what a long one has run is kept for other sequences at once."""
         super().record(ids, logits, forward)
         if forward.tokens >= MIN_TOKENS:
-            self._leave_prefix()
+            self._insert_prefix()
 
     def close(self) -> None:
         """Free the KV cache; what it has run is kept for others."""
-        self._leave_prefix()
+        self._insert_prefix()
         self.reset()
 
     def __del__(self) -> None:
@@ -115,14 +115,14 @@ class HFSession(Session):
 
         # A CUDA graph must not record the copies of a collected session.
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            self._leave_prefix(wait=False)
+            self._insert_prefix(wait=False)
 
-    def _leave_prefix(self, *, wait: bool = True) -> None:
+    def _insert_prefix(self, *, wait: bool = True) -> None:
         prefixes, cache = self._runner.prefixes, self.cache
         if prefixes is not None:
             for length in cache.lengths():
                 if 0 < length <= self.num_cached:
-                    prefixes.leave((self._runner.adapter, self._regime), self._cached.ids[:length], cache, wait=wait)
+                    prefixes.insert((self._runner.adapter, self._regime), self._cached.ids[:length], cache, wait=wait)
 
     def logits(self, ids: Ids, last: int = 1) -> Logits:
         """Return the logits after each of the last prefixes, those of each regime of frequencies by themselves."""

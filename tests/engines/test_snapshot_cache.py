@@ -7,9 +7,9 @@ import pytest
 from test_transformers_engine import build, load
 
 from mixlm.engines.contract import random_ids
-from mixlm.engines.transformers import model_cache
+from mixlm.engines.transformers import snapshot_cache
 from mixlm.engines.transformers.engine import HFEngine
-from mixlm.engines.transformers.model_cache import MAX_SNAPSHOTS
+from mixlm.engines.transformers.snapshot_cache import MAX_SNAPSHOTS
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def test_snapshots_are_few_and_a_rollback_runs_little_more_than_was_rolled_back(
     for length in range(1, 2001):
         lengths.append(length)
         if len(lengths) > MAX_SNAPSHOTS:
-            lengths.remove(model_cache._expendable(lengths))
+            lengths.remove(snapshot_cache._expendable(lengths))
         assert lengths[-4:] == list(range(max(1, length - 3), length + 1))
         if length in (100, 777, 2000):
             for back in (1, 2, 3, 5, 8, 20, 70, 300):

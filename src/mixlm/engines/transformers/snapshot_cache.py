@@ -22,7 +22,7 @@ _RECENT = 4  # the last snapshots, which are all kept
 _CROPPABLE = {"DynamicLayer", "DummyLayer"}  # types of layers that hold nothing but keys and values of all tokens
 
 
-class ModelCache:
+class SnapshotCache:
     """One sequence's cache. length: tokens in it. cache: transformers' object, None before the first forward pass.
 
     has_state: whether it may have recurrent layers.

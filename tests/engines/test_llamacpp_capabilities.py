@@ -19,7 +19,7 @@ from mixlm.binding import MemberSpec
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.remote.engine import RemoteEngine
-from mixlm.engines.remote.llamacpp_runs import LlamaCppRuns, find_missing
+from mixlm.engines.remote.llamacpp_capabilities import LlamaCppCapabilities, find_missing
 from mixlm.engines.requests import GenerateRequest
 from mixlm.ensemble import Ensemble
 from mixlm.errors import EngineError
@@ -183,7 +183,7 @@ class FakeLlamaCpp:
 def test_what_a_server_lacks_is_named(wrong, message):
     missing = asyncio.run(find_missing(FakeLlamaCpp(wrong), PROMPT))
     assert (message in missing) if message else missing == ""
-    assert LlamaCppRuns(missing, [], frozenset()).summary == (f"no: {missing}" if message else "yes")
+    assert LlamaCppCapabilities(missing, [], frozenset()).summary == (f"no: {missing}" if message else "yes")
 
 
 def test_probabilities_that_are_not_certain_are_requested_again():
@@ -198,7 +198,7 @@ def test_probabilities_that_are_not_certain_are_requested_again():
         return Candidates(np.array([65, 66, 67]), np.log([0.2, 0.3, 0.5]))
 
     request = GenerateRequest(0, PROMPT, 3, Sampling(top_k=5, temperature=1.0), NONE, 1)
-    response = asyncio.run(LlamaCppRuns("", BYTES, frozenset()).generate(request, complete, top_tokens))
+    response = asyncio.run(LlamaCppCapabilities("", BYTES, frozenset()).generate(request, complete, top_tokens))
     assert prompts == [[*PROMPT], [*PROMPT, 65], [*PROMPT, 65, 67]]
     assert (response.ids, response.logprobs) == ([65, 67, 66], pytest.approx(np.log([0.2, 0.5, 0.3])))
 
@@ -213,4 +213,4 @@ def test_a_malformed_response_is_an_error(response):
 
     request = GenerateRequest(0, PROMPT, 2, Sampling(top_k=5), NONE, 1)
     with pytest.raises(EngineError, match=r"llama\.cpp sends a malformed response"):
-        asyncio.run(LlamaCppRuns("", BYTES, frozenset()).generate(request, complete, top_tokens))
+        asyncio.run(LlamaCppCapabilities("", BYTES, frozenset()).generate(request, complete, top_tokens))

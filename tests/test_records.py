@@ -72,5 +72,5 @@ def test_a_completion_as_a_dictionary_is_json():
     assert record["usage"]["members"]["m"]["forward_tokens"] == 4
     assert set(record["usage"]) == {
         *("tokens", "bytes", "seconds", "seconds_to_first_token", "tokens_per_second", "bytes_per_second", "members"),
-        *("checked", "accepted", "chosen"),
+        *("drafted", "checked", "accepted", "chosen"),
     }

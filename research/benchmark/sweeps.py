@@ -212,7 +212,7 @@ class _LongContextContestant:
 
     def measure(self, sequence: int, tokens: int) -> TimedRun:
         """Write with the sessions as they are."""
-        settings = self._own.settings.with_turn(sequence)
+        settings = self._own.settings.with_sequence_offset(sequence)
         return time_run(self._own.ensemble, settings, self._prompts, self._sessions, tokens)
 
 
@@ -320,7 +320,7 @@ def _measured(task: _SweepTask, places: Sequence[_Place]) -> list[SweepPoint]:
 
 def _point(place: _Place, runs: Sequence[TimedRun], expected: float | None, more: Mapping[str, float]) -> SweepPoint:
     tokens = sum(sample.tokens for sample in runs)
-    checked = sum(sample.checked for sample in runs)
+    drafted = sum(sample.drafted for sample in runs)
     return SweepPoint(
         series=place.series,
         x=place.x,
@@ -332,7 +332,7 @@ def _point(place: _Place, runs: Sequence[TimedRun], expected: float | None, more
             name: sum(len(sample.forwards[i]) for sample in runs) / tokens
             for i, name in enumerate(place.contestant.members)
         },
-        acceptance=sum(sample.accepted for sample in runs) / checked if checked else None,
+        acceptance=sum(sample.accepted for sample in runs) / drafted if drafted else None,
         memory_bytes=max((sample.memory for sample in runs if sample.memory is not None), default=None),
         more=more,
     )

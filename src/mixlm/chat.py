@@ -49,7 +49,7 @@ class Chat:
 
     def stream(self, text: str) -> ChatGeneration:
         """Add a user's message and iterate over the completion. The message joins the history once it fits."""
-        options = self._ensemble.settings(**self._options).with_turn(len(self._turns))
+        options = self._ensemble.settings(**self._options).with_sequence_offset(len(self._turns))
         prompt = self._ensemble.encode_prompt([*self.messages, Message("user", text)], options)
         generation = self._ensemble.context(options, self._sessions).start(prompt)
         self._turns.append(_Turn(Message("assistant", "")))

@@ -77,7 +77,7 @@ class TopKFilter:
         return Candidates(ids[order], values[order])
 
 
-LogitsRows = Logits | list[Candidates]  # one `Row` for each position
+LogitsRows = Logits | list[Candidates]  # one `LogitsRow` for each position
 
 TopLogprobs = tuple[tuple[int, float], ...]  # ids or symbols with their log-probabilities, in descending order
 
@@ -220,6 +220,9 @@ class Sampling:
         return tuple(name for name, value in off.items() if getattr(self, name) != value)
 
 
+PLAIN_SAMPLING = Sampling(temperature=1.0, top_k=0)  # a distribution as the model gives it
+
+
 class TopLogprob(NamedTuple):
     """A symbol that could have been sampled at a position, and its natural log-probability there.
 
@@ -302,7 +305,7 @@ class Usage:
         members: By member's name.
         drafted: Drafted symbols that were verified.
         accepted: Those of them that were accepted.
-        chosen: The method that `auto` used last.
+        chosen: What `auto` did last, in words: the mixture, or what drafts and how much of it is verified at once.
     """
 
     tokens: int
@@ -335,7 +338,8 @@ class Usage:
             "tokens_per_second": self.tokens_per_second,
             "bytes_per_second": self.bytes_per_second,
             "members": {name: asdict(usage) for name, usage in self.members.items()},
-            "checked": self.drafted,
+            "drafted": self.drafted,
+            "checked": self.drafted,  # the older name
             "accepted": self.accepted,
             "chosen": self.chosen,
         }

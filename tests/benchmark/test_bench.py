@@ -59,12 +59,12 @@ def test_methods_are_measured_in_the_order_they_are_named(pair: Ensemble) -> Non
     labels = ["mixture", "auto", "single toy-1", "single toy-2", "drafted", "greedy", "speculative"]
     assert [run.label for run in report.runs] == labels
     by_label = {run.label: run for run in report.runs}
-    assert by_label["auto"].chosen
+    assert by_label["auto"].plan
     for name in ("drafted", "speculative"):
         run = by_label[name]
         assert run.draft == "toy-1"
         assert run.acceptance is None or 0 <= run.acceptance <= 1
-        assert run.accepted <= run.checked
+        assert run.accepted <= run.drafted
     assert by_label["mixture"].acceptance is by_label["mixture"].draft is None
     wanted = {"speculative/mixture", "speculative/single toy-2", "drafted/greedy", "mixture/single toy-1"}
     assert set(report.ratios) >= wanted
@@ -78,7 +78,7 @@ def test_a_named_draft_writes_ahead_where_something_does(pair: Ensemble) -> None
     drafted, speculative, mixture = report.runs
     # The draft runs for every guess and for the token behind them; the other member once a block.
     assert drafted.forwards["toy-2"] > drafted.forwards["toy-1"]
-    assert speculative.checked > 0
+    assert speculative.drafted > 0
     assert sum(mixture.forwards.values()) == 12
     assert report.environment["settings"]["block"] == 2
 

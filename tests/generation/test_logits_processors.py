@@ -47,8 +47,8 @@ def test_the_distribution_is_that_of_the_reference(pair, options):
     probs[distribution.symbols] = distribution.probs
     np.testing.assert_allclose(probs, expected, atol=1e-6)
     plain = pair.distribution("ab", raw=True, **options)
-    changed = dict(zip(distribution.units, distribution.members[0], strict=True))
-    before = dict(zip(plain.units, plain.members[0], strict=True))
+    changed = dict(zip(distribution.symbol_bytes, distribution.members[0], strict=True))
+    before = dict(zip(plain.symbol_bytes, plain.members[0], strict=True))
     assert max(abs(changed.get(unit, 0) - before.get(unit, 0)) for unit in {*changed, *before}) > 0.05
 
 
@@ -87,7 +87,7 @@ def test_a_processor_sees_its_own_member_alone(pair):
     distribution = processed.distribution("ab", raw=True)
     assert seen == [(pair.encode_prompt("ab", pair.settings(raw=True)).ids[1].tolist(), (len(SHARED) + 2,))]
     plain = pair.distribution("ab", raw=True)
-    first = [dict(zip(d.units, d.members[0], strict=True)) for d in (distribution, plain)]
+    first = [dict(zip(d.symbol_bytes, d.members[0], strict=True)) for d in (distribution, plain)]
     assert {unit: prob for unit, prob in first[0].items() if prob} == {u: p for u, p in first[1].items() if p}
 
 

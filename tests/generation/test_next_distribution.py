@@ -48,24 +48,24 @@ def test_it_is_that_of_the_reference(pair, unit, options):
     assert distribution.names == (("first",) if options.get("method") == "single" else ("first", "second"))
 
 
-def test_units_are_the_bytes_that_a_completion_has(pair):
+def test_symbol_bytes_are_those_that_a_completion_has(pair):
     distribution = pair.distribution("ab", raw=True)
-    probs = dict(zip(distribution.units, distribution.probs.tolist(), strict=True))
-    assert set(probs) == {*SHARED, b""}
+    probs = dict(zip(distribution.symbol_bytes, distribution.probs.tolist(), strict=True))
+    assert set(probs) == {*SHARED, b""} == {*distribution.units}
     completion = pair.generate("ab", raw=True, seed=0, max_tokens=1, method="conventional", ignore_end=True)
     without_end = pair.distribution("ab", raw=True, ignore_end=True)
-    assert b"" not in without_end.units
+    assert b"" not in without_end.symbol_bytes
     token = completion.tokens[0]
-    assert np.log(without_end.probs[without_end.units.index(token.data)]) == pytest.approx(token.logprob)
+    assert np.log(without_end.probs[without_end.symbol_bytes.index(token.data)]) == pytest.approx(token.logprob)
 
 
 def test_different_vocabularies_meet_as_bytes():
     members = [ToyEngine(SHARED, seed=1, name="first"), ToyEngine(OTHERS, seed=2, name="second")]
     ensemble = Ensemble([MemberSpec(member, member.name) for member in members])
     distribution = ensemble.distribution("ab", raw=True)
-    assert len(distribution.units) == len(set(distribution.units)) == len({*SHARED, *OTHERS, b""})
+    assert len(distribution.symbol_bytes) == len(set(distribution.symbol_bytes)) == len({*SHARED, *OTHERS, b""})
     np.testing.assert_allclose(distribution.members.sum(axis=1), 1)
-    only_second = distribution.units.index(b"d")
+    only_second = distribution.symbol_bytes.index(b"d")
     assert distribution.members[0, only_second] == 0 < distribution.members[1, only_second]
 
 

@@ -169,7 +169,7 @@ def test_under_a_rule_each_token_has_the_rules_probability(rule, monkeypatch):
     for token in prompt[:6]:
         if before:
             following = ensemble.distribution(before, **plain)
-            expected = dict(zip(following.units, np.log(following.probs), strict=True))
+            expected = dict(zip(following.symbol_bytes, np.log(following.probs), strict=True))
             assert token.logprob == pytest.approx(expected.get(token.data, -np.inf), abs=1e-5)
             assert token.top_logprobs[0].logprob == pytest.approx(max(expected.values()), abs=1e-5)
         before += token.text

@@ -136,7 +136,6 @@ def _summarize(contestant: Contestant, repeats: Sequence[TimedRun], predicted: f
     outside = [seconds for run in repeats for seconds in run.outside]
     quarter = max(repeats[0].tokens // 4, 1)
     logs = [[forward for run in repeats for forward in run.forwards[i]] for i in range(len(contestant.members))]
-    checked = sum(run.checked for run in repeats)
     return MethodRun(
         method=contestant.method,
         label=contestant.label,
@@ -156,9 +155,9 @@ def _summarize(contestant: Contestant, repeats: Sequence[TimedRun], predicted: f
             [seconds for run in repeats for seconds in run.outside[-quarter:]]
         ),
         draft=contestant.draft,
-        checked=checked,
+        drafted=sum(run.drafted for run in repeats),
         accepted=sum(run.accepted for run in repeats),
-        chosen=repeats[-1].chosen,
+        plan=repeats[-1].plan,
         predicted_tokens_per_second=predicted,
         memory_bytes=max((run.memory for run in repeats if run.memory is not None), default=None),
         slowest_tokens_per_second=min(run.speed for run in repeats),

@@ -47,9 +47,9 @@ def predicted_speed(
     if not isinstance(contestant, EnsembleContestant) or np.isnan(costs.seconds[ensemble.weights > 0]).any():
         return None
     plan = None
-    if contestant.draft in ensemble.names and (checked := sum(run.checked for run in runs)):
+    if contestant.draft in ensemble.names and (drafted := sum(run.drafted for run in runs)):
         draft = ensemble.names.index(contestant.draft)
-        plan = DraftPlan(draft, contestant.settings.block, sum(run.accepted for run in runs) / checked)
+        plan = DraftPlan(draft, contestant.settings.block, sum(run.accepted for run in runs) / drafted)
     match contestant.method:
         case "single":
             seconds = costs(ensemble.names.index(contestant.members[0]))

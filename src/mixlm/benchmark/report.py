@@ -28,9 +28,9 @@ class MethodRun:
         outside_forwards_share: Share of the time outside forwards; None where it is not known.
         outside_forwards_ms: Milliseconds per token outside forwards; also of the first and the last quarter of a text.
         draft: What drafted.
-        checked: Drafts that were checked, in all repeats.
+        drafted: Drafts that were verified, in all repeats.
         accepted: Drafts that were accepted, in all repeats.
-        chosen: The method that `auto` used last.
+        plan: What `auto` did last.
         predicted_tokens_per_second: The prediction of the cost model, where it has a formula.
         memory_bytes: Memory in use at the end of a run, all members' weights included.
     """
@@ -49,9 +49,9 @@ class MethodRun:
     label: str = ""
     tokens: float = 0.0
     draft: str | None = None
-    checked: int = 0
+    drafted: int = 0
     accepted: int = 0
-    chosen: str | None = None
+    plan: str | None = None
     predicted_tokens_per_second: float | None = None
     memory_bytes: int | None = None
     slowest_tokens_per_second: float = 0.0
@@ -59,8 +59,12 @@ class MethodRun:
 
     @property
     def acceptance(self) -> float | None:
-        """The share of drafts that were accepted; None where none were checked."""
-        return self.accepted / self.checked if self.checked else None
+        """The share of drafts that were accepted; None where none were verified."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that `--json` writes; `checked` and `chosen` are older names of `drafted` and `plan`."""
+        return {**asdict(self), "acceptance": self.acceptance, "checked": self.drafted, "chosen": self.plan}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ class BenchReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` writes."""
         return {
-            "runs": [{**asdict(run), "acceptance": run.acceptance} for run in self.runs],
+            "runs": [run.as_dict() for run in self.runs],
             "ratios": dict(self.ratios),
             "environment": dict(self.environment),
             **({"notes": list(self.notes)} if self.notes else {}),

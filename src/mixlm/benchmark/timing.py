@@ -39,9 +39,9 @@ class TimedRun:
         bytes: Bytes of text.
         forwards: The forwards of decoding, by member.
         outside: Seconds outside forwards, by token.
-        checked: Drafts that were checked.
+        drafted: Drafts that were verified.
         accepted: Drafts that were accepted.
-        chosen: The method that `auto` used last.
+        plan: What `auto` did last.
         memory: Bytes in use at the end.
     """
 
@@ -51,9 +51,9 @@ class TimedRun:
     bytes: int
     forwards: list[list[Forward]]
     outside: list[float] = field(default_factory=list)
-    checked: int = 0
+    drafted: int = 0
     accepted: int = 0
-    chosen: str | None = None
+    plan: str | None = None
     memory: int | None = None
 
     @property
@@ -178,7 +178,7 @@ def time_run(
         session.logits(sequence.state.ids(i))
     sequence.append(choice)
     before = [len(session.stats.forwards) for session in sessions]
-    checked, accepted = context.speculation.drafted, context.speculation.accepted
+    drafted, accepted = context.speculation.drafted, context.speculation.accepted
     size = 0
     outside: list[float] = []
     start_decoding = step_start = time.perf_counter()
@@ -202,8 +202,8 @@ def time_run(
         bytes=size,
         forwards=[session.stats.forwards[n:] for session, n in zip(sessions, before, strict=True)],
         outside=outside,
-        checked=context.speculation.drafted - checked,
+        drafted=context.speculation.drafted - drafted,
         accepted=context.speculation.accepted - accepted,
-        chosen=context.speculation.plan,
+        plan=context.speculation.plan,
         memory=memory_in_use(),
     )

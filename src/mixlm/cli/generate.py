@@ -50,11 +50,11 @@ def generate(
     ] = None,
     raw: Annotated[bool, flag("--raw", "Continue the prompt as it is, without a chat template.")] = False,
     as_json: Annotated[bool, flag("--json", "Print the completion and its usage as one JSON object.")] = False,
-    alternatives: Annotated[
+    top_logprobs: Annotated[
         int | None,
         flag(
             "--alternatives K",
-            "With --json: also print the K most likely tokens at each position, with their log-probabilities.",
+            "With --json: also print the top logprobs: of the K most likely tokens at each position.",
         ),
     ] = None,
     json_schema: Annotated[
@@ -77,10 +77,10 @@ def generate(
     ] = None,
 ) -> int:
     """Generate a completion of a prompt, or of each prompt in a file."""
-    reported = {"top_logprobs": alternatives, "logprobs_of": logprobs_of}
+    reported = {"top_logprobs": top_logprobs, "logprobs_of": logprobs_of}
     reported = {name: value for name, value in reported.items() if value is not None}
     if reported and not as_json:
-        name = "--logprobs-of" if alternatives is None else "--alternatives"
+        name = "--logprobs-of" if top_logprobs is None else "--alternatives"
         raise UsageError(f"{name} needs --json", "add --json, or omit it")
     extra = cast("Options", {"raw": True} if raw else {})
     if logit_bias:

@@ -60,7 +60,7 @@ def test_guesses_are_right_as_often_as_members_agree(share: float) -> None:
     )
     [run] = report.runs
     assert run.acceptance is not None
-    assert abs(run.acceptance - share) <= 4 * np.sqrt(share * (1 - share) / run.checked)
+    assert abs(run.acceptance - share) <= 4 * np.sqrt(share * (1 - share) / run.drafted)
     assert report.notes == (agreement_note(share),)
     assert report.environment["settings"]["agreement"] == share
     assert all(agreement_note(share) in details["agreement"] for details in report.environment["engines"].values())

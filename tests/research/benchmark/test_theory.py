@@ -121,7 +121,7 @@ def test_forwards_of_greedy_with_a_draft(block: int) -> None:
 def test_what_the_model_expects_of_each_method() -> None:
     ensemble = toys((1, 3))
     fit = costs(0.1, 0.4)
-    runs = [TimedRun(10, 1.0, 0.1, 10, [], checked=10, accepted=5)]
+    runs = [TimedRun(10, 1.0, 0.1, 10, [], drafted=10, accepted=5)]
     kinds = ["single", "conventional", "mixture", "speculative", "drafted", "auto", "greedy"]
     ratios = [
         predicted_speed(ensemble, contestant, runs, fit)
@@ -171,9 +171,8 @@ def test_the_scheduler_serves_what_the_simulation_says(members: int) -> None:
         scheduler = Scheduler(48)
         streams: list[Generation] = []
         for number in range(48):
-            streams.append(
-                ensemble.context(settings.with_turn(number)).start(ensemble.encode_prompt("the river", settings))
-            )
+            context = ensemble.context(settings.with_sequence_offset(number))
+            streams.append(context.start(ensemble.encode_prompt("the river", settings)))
             scheduler.add(streams[-1])
         for _ in range(60):  # all completions are under way
             scheduler.step()
@@ -272,5 +271,5 @@ def test_agreed_members_take_no_more_forwards_than_the_rest_of_the_formulas_coun
     ensemble = with_agreement(toys((1, 1)), 1.0)
     [contestant] = contestants(ensemble, ["speculative"], "the river", {"draft": "toy-0", "block": 3})
     sample = contestant.measure(1, 400)
-    assert sample.accepted == sample.checked > 0
+    assert sample.accepted == sample.drafted > 0
     assert len(sample.forwards[1]) / 400 == pytest.approx(0.5 / 4, rel=0.1)

@@ -451,7 +451,7 @@ def test_a_schema_that_the_compiler_would_end_the_process_for_is_refused():
         ensemble.generate("a", json_schema=linked(1500))
     with pytest.raises(ConfigError, match="tools is nested too deeply to be compiled"):
         ensemble.grammars.for_language(Language(None, {"f": {"type": "object", **linked(1500)}}))
-    ensemble.grammars.for_schema(linked(100))
+    ensemble.grammars.for_language(Language(linked(100), {}))
     nested: dict[str, Any] = {}
     for _ in range(10_000):
         nested = {"items": nested}
@@ -468,12 +468,12 @@ def test_without_a_python_to_check_a_deep_schema_in_it_is_refused(monkeypatch, e
 
 def test_schemas_are_read_once_and_only_the_latest_are_kept():
     grammars = pair("piece").grammars
-    first = grammars.for_schema(SCHEMA)
-    assert grammars.for_schema(dict(SCHEMA)) is first
+    first = grammars.for_language(Language(SCHEMA, {}))
+    assert grammars.for_language(Language(dict(SCHEMA), {})) is first
     for i in range(20):
-        grammars.for_schema({"const": i})
-    assert grammars.for_schema(SCHEMA) is not first
-    assert pair("token").grammars.for_schema(SCHEMA)[0] is not None
+        grammars.for_language(Language({"const": i}, {}))
+    assert grammars.for_language(Language(SCHEMA, {})) is not first
+    assert pair("token").grammars.for_language(Language(SCHEMA, {}))[0] is not None
 
 
 def test_the_command_line_takes_a_file(capfd, tmp_path):
@@ -508,7 +508,7 @@ def test_real_members_write_valid_json(demo_pair):
 def consumed(schema: dict[str, Any], text: str) -> bool:
     """Whether a text is JSON that the grammar of a schema takes as complete."""
     vocabulary = ToyEngine().vocabulary
-    allowed = GrammarCache([vocabulary]).for_schema(schema)[0].matcher().allowed(text.encode())
+    allowed = GrammarCache([vocabulary]).for_language(Language(schema, {}))[0].matcher().allowed(text.encode())
     return allowed is not None and bool(allowed[sorted(vocabulary.end_ids)].all())
 
 
@@ -533,9 +533,9 @@ def test_patterns_that_leave_no_other_name_are_refused(pattern, wrap):
     schema = {"type": "object", "properties": names, "patternProperties": {pattern: integer}}
     closed = wrap({**schema, "additionalProperties": False})
     with pytest.raises(ConfigError, match=r"no other name than those in properties \(a, b\)"):
-        GrammarCache([ToyEngine().vocabulary]).for_schema(closed)
+        GrammarCache([ToyEngine().vocabulary]).for_language(Language(closed, {}))
     more = wrap({**schema, "patternProperties": {"^[abc]$": integer}, "additionalProperties": False})
-    GrammarCache([ToyEngine().vocabulary]).for_schema(more)
+    GrammarCache([ToyEngine().vocabulary]).for_language(Language(more, {}))
 
 
 NAMED = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
@@ -588,7 +588,7 @@ JOINED = {
 @pytest.mark.parametrize("schema", JOINED.values(), ids=JOINED)
 def test_patterns_that_leave_no_other_name_are_refused_where_schemas_are_joined(schema):
     with pytest.raises(ConfigError, match="no other name than those in properties"):
-        GrammarCache([ToyEngine().vocabulary]).for_schema(schema)
+        GrammarCache([ToyEngine().vocabulary]).for_language(Language(schema, {}))
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_patterns_that_leave_no_other_name_are_refused_where_schemas_are_joined(
     ],
 )
 def test_patterns_that_leave_other_names_are_not(schema):
-    GrammarCache([ToyEngine().vocabulary]).for_schema(schema)
+    GrammarCache([ToyEngine().vocabulary]).for_language(Language(schema, {}))
 
 
 def test_the_alternatives_that_are_looked_through_for_patterns_are_bounded():
@@ -645,15 +645,15 @@ def test_schemas_that_are_nested_too_deeply_are_refused():
         for _ in range(depth // 2):
             schema = {"allOf": [schema]}
         with pytest.raises(ConfigError, match=r"json_schema (is|cannot)"):
-            cache.for_schema(schema)
+            cache.for_language(Language(schema, {}))
 
 
 @pytest.mark.slow
 def test_the_cache_is_bounded_by_the_size_of_schemas_too():
     cache = GrammarCache([ToyEngine().vocabulary])
     schemas = [{"type": "object", "properties": {f"p{i}_{k}": {"type": "null"} for k in range(1200)}} for i in range(4)]
-    grammars = [cache.for_schema(schema)[0] for schema in schemas]
+    grammars = [cache.for_language(Language(schema, {}))[0] for schema in schemas]
     assert len(json.dumps(schemas[:3])) > 100_000 > len(json.dumps(schemas[:2]))
-    assert cache.for_schema(schemas[3])[0] is grammars[3]
-    assert cache.for_schema(schemas[2])[0] is grammars[2]
-    assert cache.for_schema(schemas[0])[0] is not grammars[0]
+    assert cache.for_language(Language(schemas[3], {}))[0] is grammars[3]
+    assert cache.for_language(Language(schemas[2], {}))[0] is grammars[2]
+    assert cache.for_language(Language(schemas[0], {}))[0] is not grammars[0]

@@ -140,7 +140,7 @@ def test_options_accumulate():
 
 
 def test_a_turn_has_the_same_seed_and_another_sequence():
-    turn = generation_options(seed=3, sequence=10).with_turn(2)
+    turn = generation_options(seed=3, sequence=10).with_sequence_offset(2)
     assert (turn.seed, turn.sequence) == (3, 12)
 
 

@@ -175,7 +175,7 @@ def test_the_distribution_is_the_exact_one():
     reference = ExactReference(ensemble, settings, prompt)
     counts = np.zeros(len(reference.first))
     for seed in range(600):
-        generation = ensemble.context(settings.with_turn(seed)).start(prompt)
+        generation = ensemble.context(settings.with_sequence_offset(seed)).start(prompt)
         token = next(generation)
         counts[ALL_PIECES.index(token.data)] += 1
     ends = reference.first[-1]

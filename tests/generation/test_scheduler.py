@@ -133,7 +133,7 @@ def test_an_engine_with_a_short_queue_is_not_forgotten():
     scheduler = Scheduler(40)
     settings = ensemble.settings(raw=True, seed=1, max_tokens=400, ignore_end=True)
     for i in range(40):
-        turn = settings.with_turn(i)
+        turn = settings.with_sequence_offset(i)
         scheduler.add(ensemble.context(turn).start(ensemble.encode_prompt(" the", turn)))
     for _ in range(300):
         scheduler.step()
@@ -262,7 +262,7 @@ def test_a_cancelled_completion_keeps_its_caches_while_another_thread_is_at_work
 def test_caches_are_freed_when_a_completion_ends():
     ensemble = toys("token", 2)
     for _, stream in ensemble.generations(PROMPTS, raw=True, seed=1, max_tokens=5):
-        assert all(not session._context for session in stream.sessions)
+        assert all(session.num_cached == 0 for session in stream.sessions)
         assert stream.completion.usage.members["m0"].forwards >= 0
 
 
@@ -300,7 +300,7 @@ def test_prompts_in_chunks_give_the_texts_of_whole_prompts(method):
 def run_in_chunks(ensemble, prompts, chunk, **options):
     scheduler, generations = Scheduler(10, chunk), []
     for i, prompt in enumerate(prompts):
-        settings = ensemble.settings(**options).with_turn(i)
+        settings = ensemble.settings(**options).with_sequence_offset(i)
         generations.append(ensemble.context(settings).start(ensemble.encode_prompt(prompt, settings)))
         scheduler.add(generations[-1])
     assert len(list(scheduler.run())) == len(prompts)

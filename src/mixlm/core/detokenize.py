@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mixlm.tokenization.call_parser import overlap
 from mixlm.types import Token
 
 _Decoder = codecs.getincrementaldecoder("utf-8")
@@ -47,7 +48,7 @@ class StreamingDetokenizer:
         if stop_offsets and may_stop:
             self.found = min(stop_offsets, key=lambda stop: stop_offsets[stop])
             return self._release(stop_offsets[self.found], truncate=True)
-        held_back = max((_overlap(text, stop) for stop in self.stops), default=0)
+        held_back = max((overlap(text, stop) for stop in self.stops), default=0)
         return self._release(len(text) - held_back)
 
     def flush(self) -> list[Token]:
@@ -86,11 +87,3 @@ def _byte_count(data: bytes, state: tuple[bytes, int], length: int) -> int:
         if length <= 0:  # below 0 where this byte shows that those before it are no character
             return i + (length == 0)
     return len(data)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0

@@ -186,10 +186,6 @@ class GrammarCache:
 
         return GrammarCompiler(self._vocabularies)
 
-    def for_schema(self, schema: Mapping[str, Any], check: Callable[[str], None] | None = None) -> list[Grammar]:
-        """Return each member's grammar of a JSON schema: see `for_language`."""
-        return self.for_language(Language(schema, {}), check)
-
     def for_language(self, language: Language, check: Callable[[str], None] | None = None) -> list[Grammar]:
         """Return each member's grammar of a language.
 

@@ -28,20 +28,18 @@ from mixlm.core.rule_options import (
     RULE_PARAMETERS,
     AnyRule,
     build_rule,
-    check_method,
     check_rule,
+    check_rule_method,
     is_average,
     rule_name,
 )
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.option_spec import OptionSpec, check_options, option, specs
-from mixlm.types import Sampling, Tool
+from mixlm.types import PLAIN_SAMPLING, Sampling, Tool
 
 if TYPE_CHECKING:
     from mixlm.core.combinations import Combination
 
-# Greedy decoding takes the most likely symbol of the untransformed average unless options are given.
-_PLAIN = Sampling(temperature=1.0, top_k=0)
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _RENAMED = {"alternatives": "top_logprobs"}
 # What generations do not have, and who has it.
@@ -117,7 +115,7 @@ class GenerationOptions:
         stop: Strings that end the completion and are not part of it.
         seed: First part of the key of the random numbers; equal keys give equal text.
         sequence: Second part of that key: the number of the sequence.
-        draft: What drafts in `speculative` and `greedy`: a member's name, or "lookup".
+        draft: What drafts in `speculative`, `layered` and `greedy`: a member's name, "lookup", or "none".
         block: Positions that are drafted and verified at once.
         on_failure: What to do when a member stops responding: "error" ends the completion, "drop" gives the member's
             weight to the others.
@@ -224,7 +222,7 @@ class GenerationOptions:
     )
     draft: str | None = option(
         None,
-        help="What drafts in speculative and greedy: a member's name, or lookup.",
+        help="What drafts in speculative, layered and greedy: a member's name, lookup, or none.",
         default_text="the cheapest member in speculative, lookup if none is clearly cheaper",
         panel="Generation",
         metavar="NAME",
@@ -362,7 +360,7 @@ class GenerationOptions:
                 raise ConfigError(f"{name} is given without a rule, and the average has none", "name a rule too")
             object.__setattr__(self, "rule", None)
         else:
-            check_method(self.rule, self.method)
+            check_rule_method(self.rule, self.method)
 
     @property
     def rule_parameters(self) -> dict[str, Any]:
@@ -410,9 +408,9 @@ class GenerationOptions:
             values["method"] = "layered"
         return replace(self, **values, sampling={**self.sampling, **sampling})
 
-    def with_turn(self, turn: int) -> GenerationOptions:
-        """Return these options for another turn of a conversation: the same seed, other random numbers."""
-        return replace(self, sequence=self.sequence + turn)
+    def with_sequence_offset(self, offset: int) -> GenerationOptions:
+        """Return these options for another sequence: the same seed, other random numbers."""
+        return replace(self, sequence=self.sequence + offset)
 
     def member_sampling(self, member: Mapping[str, Any]) -> Sampling:
         """Return the sampling of one member: the call's options over the member's over the defaults.
@@ -425,12 +423,13 @@ class GenerationOptions:
         """
         options = {**member, **self.sampling}
         if (rule := self.combination) is not None and rule.common_options:
-            return replace(_PLAIN, **{name: options[name] for name in _PENALTIES if name in options})
+            return replace(PLAIN_SAMPLING, **{name: options[name] for name in _PENALTIES if name in options})
         sampling = Sampling(**options)
         if self.is_greedy(member):
             if sampling.temperature == 0:
                 options["temperature"] = 1.0
-            return replace(_PLAIN, **options)
+            # The most likely symbol is that of the untransformed average, unless options are given.
+            return replace(PLAIN_SAMPLING, **options)
         if sampling.temperature == 0:
             why = "the most likely token of a random member is not the most likely token of the average"
             about = f"temperature is 0, and {self.method} samples"

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from mixlm.engines.base import Engine
-from mixlm.engines.requests import GenerateRequest, LogitsRequest, Request, Response, ScoreRequest
+from mixlm.engines.requests import GenerateRequest, LogitsRequest, Response, ScoreRequest
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
 from mixlm.generation.chunks import ChunkSizes
 from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, MemberError, to_mixlm_error
@@ -425,7 +425,8 @@ class Scheduler:
     def _wait(self) -> list[Future[Any]]:
         """Wait until a call is over; return it, and the others that are by now.
 
-        None where only servers are at work and take long: meanwhile generations may be added or cancelled.
+        Return none where nothing runs, or only servers are at work and take long: meanwhile generations may be added or
+        cancelled.
         """
         if not self._running:
             return []
@@ -442,12 +443,8 @@ class Scheduler:
 def _missing(queued: _QueuedRequest) -> tuple[int, int]:
     """Return how many tokens of a request are in the KV cache, and how many are not."""
     session, request = queued.addressed.session, queued.addressed.request
-    cached = session.cached_tokens(request.ids, _last(request))
+    cached = session.cached_tokens(request.ids, request.last)
     return cached, len(request.ids) - cached
-
-
-def _last(request: Request) -> int:
-    return request.last if isinstance(request, LogitsRequest) else 1
 
 
 def _is_prefill(queued: _QueuedRequest) -> bool:
@@ -467,7 +464,7 @@ def _first_chunk(queued: _QueuedRequest, chunk: int, total: int) -> tuple[_Queue
     # A session may lose its KV cache between chunks, as a slot of llama.cpp: it begins again, but not for ever.
     losses = queued.losses + (cached < queued.chunked)
     short = queued.chunked == 0 and missing <= min(_SHORT_PROMPT, total)
-    if short or missing - _last(request) < chunk or losses > _MAX_LOSSES or not session.can_chunk(request.ids):
+    if short or missing - request.last < chunk or losses > _MAX_LOSSES or not session.can_chunk(request.ids):
         return queued, missing
     prefix = request.ids[: cached + chunk]
     addressed = queued.addressed._replace(request=LogitsRequest(request.member, prefix, 1, _ONE_LOGIT))

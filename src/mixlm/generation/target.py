@@ -9,7 +9,7 @@ import numpy as np
 
 from mixlm.core.combinations.base import Aligned, Combination, align, align_logprobs, is_plain
 from mixlm.core.options import GenerationOptions
-from mixlm.core.rule_options import build_rule
+from mixlm.core.rule_options import build_rule, check_whole_tokens
 from mixlm.core.sampling import ReportTransform, Transform
 from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError, EngineError, UnsupportedError, did_you_mean
@@ -271,12 +271,7 @@ def scored_rule(options: GenerationOptions, sampling: Sequence[Mapping[str, Any]
 
 
 def _check_unit(rule: Combination, traits: UnitTraits) -> None:
-    if not traits.full_distributions:
-        raise UnsupportedError(
-            f"rule {rule.name} combines the members' distributions over whole tokens, and in the units word and byte "
-            "one forward pass gives no distribution",
-            "use --unit piece, or --rule average",
-        )
+    check_whole_tokens(rule, full_distributions=traits.full_distributions)
     if rule.shared_vocabulary and not traits.shared_vocabulary:
         raise UnsupportedError(
             f"rule {rule.name} divides by a member's probabilities, and members with different vocabularies give tokens"

@@ -38,7 +38,7 @@ import numpy as np
 
 from mixlm.fitting.deferral import DeferralScores, train_deferral
 from mixlm.fitting.gate_trainer import GateKind
-from mixlm.fitting.gates import choose_gate
+from mixlm.fitting.gates import train_gate_on_inputs
 from mixlm.fitting.likelihood import equal_weights, expectation_maximisation, fit_router, simplex
 from mixlm.resumable_log import ResumableLog
 from mixlm.routing.gate_router import GROUPS
@@ -157,7 +157,7 @@ def trained(name: str, train: Sequence[Scores], kinds: Kinds) -> Weigh:
         return stack(scores, attempt.groups, attempt.block, kinds)
 
     gates = [
-        choose_gate(train, inputs, attempt.kind, prices=prices if attempt.price else None, seed=seed).gate
+        train_gate_on_inputs(train, inputs, attempt.kind, prices=prices if attempt.price else None, seed=seed).gate
         for seed in range(attempt.gates)
     ]
 

@@ -115,7 +115,7 @@ def test_scores_and_the_rule_agree_and_the_file_keeps_the_gate(tmp_path: Path) -
     assert 0.05 < data.kept(gate).mean() < 0.95
     assert DeferralGate(random_gate(3, seed=1), ensemble.names).digest != gate.digest == gate.gate.digest
     (tmp_path / "keep.json").write_text('{"kind": "gate"}')
-    with pytest.raises(ConfigError, match="is no gate of rule defer: its kind is 'gate'"):
+    with pytest.raises(ConfigError, match="is not a gate of rule defer: its kind is 'gate'"):
         DeferralGate.load(tmp_path / "keep.json")
 
 

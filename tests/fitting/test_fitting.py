@@ -240,11 +240,12 @@ def test_a_study_fits_on_one_part_and_checks_on_the_other() -> None:
         assert result.train[name].size + result.check[name].size == files[name].size
     rows = {row.name: row for row in result.rows}
     digits = result.check["digits"]
-    assert rows["EM"].files[1] == pytest.approx(digits.bits_per_byte(digits.mixture(result.em.weights)))
-    assert rows["m1"].files[1] == pytest.approx(digits.bits_per_byte(digits.logprobs[:, 1]))
-    assert rows["router"].all < rows["EM"].all < result.best_member.all
+    assert rows["EM"].by_file[1] == pytest.approx(digits.bits_per_byte(digits.mixture(result.em.weights)))
+    assert rows["m1"].by_file[1] == pytest.approx(digits.bits_per_byte(digits.logprobs[:, 1]))
+    assert rows["router"].overall < rows["EM"].overall < result.best_member.overall
     assert result.percent_below(result.best_member) == 0
-    assert result.percent_below(rows["EM"]) == pytest.approx(100 * (1 - rows["EM"].all / result.best_member.all))
+    share = rows["EM"].overall / result.best_member.overall
+    assert result.percent_below(rows["EM"]) == pytest.approx(100 * (1 - share))
     assert result.passes(2) == (4, 44)
     form = result.as_dict(2)
     assert form["grid"]["points"] == 11

@@ -95,8 +95,8 @@ def test_a_gate_learns_what_the_observed_member_shows(inputs: GateInputs, kind: 
     gate = fresh.bits_per_byte(fresh.mixture(router_weights(fresh, fit.router)))
     oracle = fresh.bits_per_byte(fresh.logprobs.max(axis=1))
     assert em - gate > (0.5 if kind == "linear" else 0.2) * (em - oracle)  # the mlp is still learning
-    assert fit.validation[fit.epochs] == min(fit.validation)
-    assert fit.decay in gate_trainer.DECAYS
+    assert fit.choice.validation[fit.choice.epochs] == min(fit.choice.validation)
+    assert fit.choice.decay in gate_trainer.DECAYS
 
 
 def test_where_there_is_nothing_to_learn_the_weights_stay_those_of_em() -> None:

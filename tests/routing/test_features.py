@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixlm.routing import LearnedRouter, PromptContext
-from mixlm.routing.features import FEATURES, TAIL, WINDOWS, features
+from mixlm.routing.features import FEATURE_TAIL, FEATURES, WINDOWS, features
 
 texts = st.binary(max_size=200).map(lambda data: data * 12)
 
 
 def test_they_look_back_8192_bytes() -> None:
-    assert max(WINDOWS) == TAIL == 8192
+    assert max(WINDOWS) == FEATURE_TAIL == 8192
 
 
-long = st.binary(min_size=40, max_size=200).map(lambda data: (data * TAIL)[: TAIL + len(data)])
+long = st.binary(min_size=40, max_size=200).map(lambda data: (data * FEATURE_TAIL)[: FEATURE_TAIL + len(data)])
 
 
 @pytest.mark.slow
@@ -28,9 +28,9 @@ def test_nothing_further_back_counts(tail: bytes, first: bytes, other: bytes) ->
 
 
 def test_everything_in_sight_counts() -> None:
-    text = b"a" * TAIL
-    result = features(b"7" + text[1:], np.array([TAIL]))
-    assert (result != features(text, np.array([TAIL]))).any()
+    text = b"a" * FEATURE_TAIL
+    result = features(b"7" + text[1:], np.array([FEATURE_TAIL]))
+    assert (result != features(text, np.array([FEATURE_TAIL]))).any()
 
 
 @given(texts, st.data())
@@ -39,7 +39,7 @@ def test_a_place_in_a_text_and_the_tail_before_it_are_the_same(text: bytes, data
     result = features(text, places)
     assert result.shape == (len(places), FEATURES)
     for row, place in zip(result, places, strict=True):
-        tail = text[:place][-TAIL:]
+        tail = text[:place][-FEATURE_TAIL:]
         assert (features(tail, np.array([len(tail)]))[0] == row).all()
 
 

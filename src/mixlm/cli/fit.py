@@ -346,9 +346,9 @@ def _show_check(result: FitStudy) -> None:
     heads = ("", *(f"{name} " for name in files), "all texts" if several else "bits per byte", "below best member")
     rows = []
     for row in result.rows:
-        by_file = [f"{value:.4f}" for value in row.files] if several else []
-        rows.append((row.name, *by_file, f"{row.all:.4f}", f"{result.percent_below(row):+.2f} %"))
-    best = min(range(len(result.rows)), key=lambda i: result.rows[i].all)
+        by_file = [f"{value:.4f}" for value in row.by_file] if several else []
+        rows.append((row.name, *by_file, f"{row.overall:.4f}", f"{result.percent_below(row):+.2f} %"))
+    best = min(range(len(result.rows)), key=lambda i: result.rows[i].overall)
     styles = ["bold" if i == best else "" for i in range(len(rows))]
     print_table(heads, rows, right=frozenset(heads[1:]), styles=styles)
     size = sum(scores.size for scores in result.check.values())
@@ -356,7 +356,7 @@ def _show_check(result: FitStudy) -> None:
     if result.held_out:
         where = f"{size} held-out bytes; all weights, including those in files, are fitted to the other part"
     print_lines(f"Bits per byte on {where}. The best single member is {result.best_member.name}.")
-    rows_by_name = {row.name: row.all for row in result.rows}
+    rows_by_name = {row.name: row.overall for row in result.rows}
     best_name = result.best_member.name
     if _pays(result):
         print_lines("The fitted mixture is better than every member here.")
@@ -378,7 +378,7 @@ def _show_check(result: FitStudy) -> None:
 def _pays(result: FitStudy) -> bool:
     """Whether the weights by EM are better than the best member, on the held-out text if there is some."""
     em = next(row for row in result.rows if row.name == "EM")
-    return em.all < result.best_member.all
+    return em.overall < result.best_member.overall
 
 
 def _show_costs(result: FitStudy, engines: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mixlm.core.mixing import mixture_logprobs
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.fitting.gate_trainer import GateKind, Progress, choose
+from mixlm.fitting.gate_trainer import GateKind, OnEpoch, train_with_validation
 from mixlm.routing.base import TOP_K
 from mixlm.routing.deferral import DeferralGate, deferral_features
 from mixlm.routing.gate import Array, Gate
@@ -185,7 +185,7 @@ def train_deferral(
     *,
     price: float = 0.0,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnEpoch | None = None,
 ) -> DeferralGate:
     """Train the gate that makes scored texts likely under the rule `defer`.
 
@@ -207,5 +207,5 @@ def train_deferral(
         return _Deferral(DeferralScores.of(concatenate(part)), price)
 
     objectives = (objective([part for part, _ in parts]), objective([part for _, part in parts]), objective(scores))
-    choice = choose(objectives, _START, kind, seed=seed, progress=progress)
+    choice = train_with_validation(objectives, _START, kind, seed=seed, progress=progress)
     return DeferralGate(choice.gate, scores[0].names)

@@ -26,7 +26,7 @@ _MIN_STEPS = 64  # of an epoch: of few items it goes through them several times
 _EPOCHS = 40
 _PATIENCE = 5  # epochs without a gain on the items that are held out
 
-Progress = Callable[[int, float], None]
+OnEpoch = Callable[[int, float], None]
 Slopes = Callable[[Array], Array]
 
 
@@ -70,15 +70,15 @@ class GateChoice:
     validation: tuple[float, ...]
 
 
-def choose(
+def train_with_validation(
     parts: tuple[Objective, Objective, Objective],
     weights: Floats,
     kind: GateKind,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnEpoch | None = None,
 ) -> GateChoice:
-    """Train a gate.
+    """Return a gate with the decay and the epochs that are best for what is held out, trained on all of it.
 
     Args:
         parts: What it is trained on first, what is held out to choose the decay and the epochs, and all of that.

@@ -7,15 +7,14 @@ the gate has not seen, chooses how long and with how much weight decay it is tra
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.fitting.gate_trainer import GateChoice, GateKind, Progress, choose
+from mixlm.fitting.gate_trainer import GateChoice, GateKind, OnEpoch, train_with_validation
 from mixlm.fitting.likelihood import expectation_maximisation, scaled_likelihood
 from mixlm.routing.base import TOP_K
 from mixlm.routing.gate import Array, Gate
@@ -72,23 +71,11 @@ def untrained(names: Sequence[str], inputs: GateInputs) -> GateRouter:
     return GateRouter(Gate.untrained(len(names), inputs.size), names, inputs)
 
 
-@dataclass(frozen=True)
-class GateFit:
-    """A trained gate.
-
-    Attributes:
-        router: The gate as a router.
-        decay: The weight decay that was chosen.
-        epochs: The epochs that were chosen.
-        validation: Bits per byte of the last quarter of each text after each epoch, with the decay that was chosen.
-        seconds: What training took.
-    """
+class GateFit(NamedTuple):
+    """A trained gate as a router, and how it was trained."""
 
     router: GateRouter
-    decay: float
-    epochs: int
-    validation: tuple[float, ...]
-    seconds: float
+    choice: GateChoice
 
 
 class _Mixture:
@@ -137,7 +124,7 @@ def train_gate(
     kind: GateKind = "linear",
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnEpoch | None = None,
 ) -> GateFit:
     """Train a gate that makes scored texts likely.
 
@@ -151,28 +138,26 @@ def train_gate(
     Raises:
         ConfigError: The texts are too short, of different members, or lack what the gate observes.
     """
-    start = time.perf_counter()
     if inputs.observed is not None and any(score.observed is None for score in scores):
         raise ConfigError(f"these scores hold no observations of {inputs.observed}", "score the texts with the router")
 
     def stack(part: Scores) -> Array:
         return inputs.stack(context_features(part) if "text" in inputs.groups else None, part.observed)
 
-    choice = choose_gate(scores, stack, kind, seed=seed, progress=progress)
-    router = GateRouter(choice.gate, scores[0].names, inputs)
-    return GateFit(router, choice.decay, choice.epochs, choice.validation, time.perf_counter() - start)
+    choice = train_gate_on_inputs(scores, stack, kind, seed=seed, progress=progress)
+    return GateFit(GateRouter(choice.gate, scores[0].names, inputs), choice)
 
 
-def choose_gate(
+def train_gate_on_inputs(
     scores: Sequence[Scores],
     stack: Callable[[Scores], Array],
     kind: GateKind = "linear",
     *,
     prices: Floats | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnEpoch | None = None,
 ) -> GateChoice:
-    """Train a gate on any numbers about states. Arguments as for `train_gate`.
+    """Return a gate trained on any numbers about states, and how it was trained. Arguments as for `train_gate`.
 
     stack: returns the gate's inputs in front of each segment, (segments, inputs), from what is scored before it.
     prices: what a forward of each member costs, in nats, float64 (members,); by default nothing.
@@ -189,4 +174,5 @@ def choose_gate(
         return _Mixture(part, stack(part), prices)
 
     weights = expectation_maximisation(whole).weights
-    return choose((objective(first), objective(last), objective(whole)), weights, kind, seed=seed, progress=progress)
+    objectives = (objective(first), objective(last), objective(whole))
+    return train_with_validation(objectives, weights, kind, seed=seed, progress=progress)

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.core.mixing import normalized_weights
+from mixlm.core.sampling import softmax
 from mixlm.errors import ConfigError
 from mixlm.routing import PromptRouter
 from mixlm.routing.features import FEATURES
-from mixlm.routing.learned import LearnedRouter, gate_weights
+from mixlm.routing.learned import LearnedRouter
 from mixlm.scoring.scores import Scores, concatenate, context_features, router_weights, split_holdout
 from mixlm.types import Floats
 
@@ -252,13 +253,13 @@ class GateLoss:
 
     def mixed(self, flat: Floats) -> Floats:
         """Return the likelihood of each segment, (segments,), for a gate's coefficients, flat."""
-        out: Floats = (gate_weights(self._inputs, flat.reshape(self._shape)) * self._likelihood).sum(axis=1)
+        out: Floats = (softmax(self._inputs @ flat.reshape(self._shape).T) * self._likelihood).sum(axis=1)
         return out
 
     def __call__(self, flat: Floats) -> tuple[float, Floats]:
         """Return the loss of a gate's coefficients and its gradient, both flat."""
         matrix = flat.reshape(self._shape)
-        shares = gate_weights(self._inputs, matrix)
+        shares = softmax(self._inputs @ matrix.T)
         joint = shares * self._likelihood
         total = joint.sum(axis=1, keepdims=True)
         slope = (shares - joint / total).T @ self._inputs / len(self._inputs) + 2 * self._penalties * matrix

@@ -55,15 +55,15 @@ class FitPlan:
 
 @dataclass(frozen=True)
 class FitRow:
-    """One way to write, and its bits per byte on the check text: of each file, and of all. kind: "member" or "mixture".
+    """One way to write, and its bits per byte on the check text. kind: "member" or "mixture".
 
-    weights: of the members, where they are the same for all text.
+    by_file, overall: of each file, and of all. weights: of the members, where they are the same for all text.
     """
 
     name: str
     kind: str
-    files: tuple[float, ...]
-    all: float
+    by_file: tuple[float, ...]
+    overall: float
     weights: Floats | None = None
 
 
@@ -94,20 +94,20 @@ class FitStudy:
     @property
     def best_member(self) -> FitRow:
         """The single member that does best on the check text."""
-        return min((row for row in self.rows if row.kind == "member"), key=lambda row: row.all)
+        return min((row for row in self.rows if row.kind == "member"), key=lambda row: row.overall)
 
     @property
     def seconds(self) -> float:
         """What the members took to read the training part, whenever they did."""
-        return sum(reading.seconds for reading in self.train.values())
+        return sum(scores.seconds for scores in self.train.values())
 
     def percent_below(self, row: FitRow) -> float:
         """Return how many percent of bits per byte a row lies below the best single member."""
-        return 100 * (1 - row.all / self.best_member.all)
+        return 100 * (1 - row.overall / self.best_member.overall)
 
     def passes(self, engines: int) -> tuple[int, int | None]:
         """Return how many times a model reads a passage to fit by EM, and by a grid whose points are run anew."""
-        once = engines * sum(reading.passages for reading in self.train.values())
+        once = engines * sum(scores.passages for scores in self.train.values())
         return once, None if self.grid is None else once * len(self.grid.trace)
 
     def as_dict(self, engines: int) -> dict[str, Any]:
@@ -124,8 +124,8 @@ class FitStudy:
             "members": list(self.names),
             "unit": next(iter(self.train.values())).unit,
             "files": [
-                {"file": name, "train_bytes": reading.size, "check_bytes": self.check[name].size}
-                for name, reading in self.train.items()
+                {"file": name, "train_bytes": scores.size, "check_bytes": self.check[name].size}
+                for name, scores in self.train.items()
             ],
             "weights": self._named(self.em.weights),
             "intervals": None
@@ -150,9 +150,9 @@ class FitStudy:
                     {
                         "name": row.name,
                         "kind": row.kind,
-                        "bits_per_byte": row.all,
+                        "bits_per_byte": row.overall,
                         "percent_below_best_member": self.percent_below(row),
-                        "files": dict(zip(self.check, row.files, strict=True)),
+                        "files": dict(zip(self.check, row.by_file, strict=True)),
                     }
                     for row in self.rows
                 ],
@@ -169,10 +169,10 @@ def study(files: Mapping[str, Scores], plan: FitPlan, *, progress: Progress | No
     files: scored texts by name, of the same members. progress: called with what is done, how much of it, of how much.
     """
     if plan.prompt:
-        files = {name: with_leading_prompts(path, plan.prompt) for name, path in files.items()}
+        files = {name: with_leading_prompts(scores, plan.prompt) for name, scores in files.items()}
     train, check = dict(files), dict(files)
     if plan.holdout:
-        parts = {name: split_holdout(path, plan.holdout) for name, path in files.items()}
+        parts = {name: split_holdout(scores, plan.holdout) for name, scores in files.items()}
         train, check = ({name: part[side] for name, part in parts.items()} for side in (0, 1))
     whole = concatenate(list(train.values()))
     em = expectation_maximisation(whole)
@@ -235,6 +235,6 @@ def _row(
     kind: str = "mixture",
     weights: Floats | None = None,
 ) -> FitRow:
-    files = tuple(scores.bits_per_byte(lp) for scores, lp in zip(check.values(), logprobs, strict=True))
+    by_file = tuple(scores.bits_per_byte(lp) for scores, lp in zip(check.values(), logprobs, strict=True))
     sizes = [scores.size for scores in check.values()]
-    return FitRow(name, kind, files, float(np.average(files, weights=sizes)), weights)
+    return FitRow(name, kind, by_file, float(np.average(by_file, weights=sizes)), weights)

@@ -5,7 +5,6 @@ It is trained by `mixlm.fitting.deferral`. A file of it is two, as that of a gat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,14 +14,12 @@ from mixlm.core.sampling import largest_indices
 from mixlm.errors import ConfigError
 from mixlm.routing.base import TOP_K
 from mixlm.routing.gate import Array, Gate
-from mixlm.routing.gate_router import TOP_K_FEATURES, top_k_features
-from mixlm.routing.learned import what_is_wrong
+from mixlm.routing.gate_router import LOGPROB_FLOOR, TOP_K_FEATURES, VERSION, top_k_features
+from mixlm.routing.learned import saved_form
 from mixlm.types import Floats
 
 KIND = "deferral"
-VERSION = 1  # of the file and of the features; a file of another one is refused
 FEATURES = TOP_K_FEATURES + 5
-_FLOOR = -20.0  # of a log-probability as an input
 
 
 class DeferralGate:
@@ -70,21 +67,13 @@ class DeferralGate:
     @classmethod
     def load(cls, path: str | Path) -> DeferralGate:
         """Read what `save` wrote. Raises ConfigError if the file is not one."""
-        hint = "train one with mixlm fit --rule defer --router"
-        try:
-            form = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        with saved_form(path, "gate of rule defer", "train one with mixlm fit --rule defer --router") as form:
             if form["kind"] != KIND:
                 raise ValueError(f"its kind is {form['kind']!r}")
             if form["version"] != VERSION:
                 raise ValueError(f"it is of version {form['version']}, and this mixlm reads version {VERSION}")
             names = [str(name) for name in form["members"]]
             return cls(Gate.load(path, form, 2, FEATURES), names)
-        except OSError as error:
-            raise ConfigError(f"the gate {path} cannot be read: {error.strerror}", hint) from error
-        except ConfigError as error:
-            raise ConfigError(f"the gate {path} cannot be used: {error.message}", error.hint or hint) from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(f"{path} is no gate of rule defer: {what_is_wrong(error)}", hint) from error
 
 
 def deferral_features(logprobs: Floats) -> Array:
@@ -98,7 +87,7 @@ def deferral_features(logprobs: Floats) -> Array:
     states, count = logprobs.shape
     out = np.zeros((states, count, FEATURES), dtype=np.float32)
     out[:, :, :TOP_K_FEATURES] = top_k_features(logprobs)[:, None]
-    clipped = np.maximum(logprobs, _FLOOR)
+    clipped = np.maximum(logprobs, LOGPROB_FLOOR)
     out[:, :, TOP_K_FEATURES] = clipped
     out[:, :, TOP_K_FEATURES + 1] = clipped - clipped[:, :1]
     out[:, :, TOP_K_FEATURES + 2] = np.arange(count) / count

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mixlm.types import Floats
 
 WINDOWS = (16, 128, 1024, 8192)
-TAIL = max(WINDOWS)
+FEATURE_TAIL = max(WINDOWS)
 
 _CLASSES = (
     b"abcdefghijklmnopqrstuvwxyz", b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"0123456789", b" ", b"\n\r", b"\t", b".", b",", b";",

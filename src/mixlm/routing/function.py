@@ -11,7 +11,7 @@ from mixlm.routing.base import PromptContext, Route, RouterFunction
 from mixlm.types import Floats
 from mixlm.units.base import TextView
 
-TAIL = 4096
+FUNCTION_TAIL = 4096
 
 
 class FunctionRouter:
@@ -34,7 +34,7 @@ class FunctionRouter:
         """Return the function, bound to the prompt."""
 
         def route(state: TextView) -> Floats:
-            weights = self._function(context.text, state.tail(TAIL))
+            weights = self._function(context.text, state.tail(FUNCTION_TAIL))
             if weights is None:
                 raise ConfigError("the router's function returned None", "return one weight per member")
             try:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.sampling import softmax
 from mixlm.errors import ConfigError
 from mixlm.types import Floats
 from mixlm.version import __version__
@@ -66,7 +67,7 @@ class Gate:
         scores = x @ self.linear.T + self.bias
         if not self.is_linear:
             scores = scores + np.tanh(x @ self.inner.T + self.inner_bias) @ self.outer.T
-        return softmax(scores.astype(np.float64))
+        return softmax(scores)
 
     def reordered(self, order: npt.NDArray[np.int64]) -> Gate:
         """Return the gate for members in another order."""
@@ -165,13 +166,6 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
 def numbers_file(path: str | Path) -> Path:
     """Return the file of a gate's numbers, beside its JSON."""
     return Path(path).with_suffix(".safetensors")
-
-
-def softmax(scores: Floats) -> Floats:
-    """Return the softmax over the last axis."""
-    out: Floats = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    out /= out.sum(axis=-1, keepdims=True)
-    return out
 
 
 def _safetensors() -> Any:

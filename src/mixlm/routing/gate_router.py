@@ -16,19 +16,19 @@ import numpy.typing as npt
 
 from mixlm.errors import ConfigError
 from mixlm.routing.base import Observation, Observes, ObservingRoute, PromptContext, Route
-from mixlm.routing.features import FEATURES, TAIL, features
+from mixlm.routing.features import FEATURE_TAIL, FEATURES, features
 from mixlm.routing.gate import Array, Gate
 from mixlm.routing.observation import ObservedStates
 from mixlm.types import Floats
 from mixlm.units.base import TextView
 
 KIND = "gate"
-VERSION = 1  # of the file and of the features; a file of another one is refused
+VERSION = 1  # of a gate's file and of its inputs; a file of another one is refused
 LAYER = "last"  # the hidden state that goes into the output layer
 GROUPS = ("text", "top_k", "hidden")
 _LIKELIEST = 5  # probabilities that are inputs by themselves
 TOP_K_FEATURES = 2 * _LIKELIEST + 4
-_FLOOR = -20.0  # of a log-probability as an input
+LOGPROB_FLOOR = -20.0  # of a log-probability as an input
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def top_k_features(logprobs: Floats) -> Floats:
     The first probabilities and their logarithms, the entropy in nats, the margin of the first over the second in both,
     and the mass behind the first ones; all of the probabilities as they are renormalised.
     """
-    probabilities, clipped = np.exp(logprobs), np.maximum(logprobs, _FLOOR)
+    probabilities, clipped = np.exp(logprobs), np.maximum(logprobs, LOGPROB_FLOOR)
     entropy = -(probabilities * clipped).sum(axis=1)
     margin, log_margin = probabilities[:, 0] - probabilities[:, 1], clipped[:, 0] - clipped[:, 1]
     tail = probabilities[:, _LIKELIEST:].sum(axis=1)
@@ -151,7 +151,7 @@ class GateRouter:
         def route(state: TextView, observation: Observation | None = None) -> Floats:
             text = None
             if "text" in self.inputs.groups:
-                tail = (context.text[-TAIL:] + state.tail(TAIL))[-TAIL:]
+                tail = (context.text[-FEATURE_TAIL:] + state.tail(FEATURE_TAIL))[-FEATURE_TAIL:]
                 text = features(tail, np.array([len(tail)]))
             weights: Floats = self.weights_at(text, None if observation is None else _single(observation))[0]
             return weights

@@ -7,11 +7,12 @@ from functools import partial
 
 import numpy as np
 
+from mixlm.core.sampling import softmax
 from mixlm.errors import UnsupportedError
 from mixlm.routing.base import CheckedRoute, FixedRouter, PromptContext, Router, observed_by
 from mixlm.routing.features import FEATURES, features
 from mixlm.routing.gate_router import GateRouter
-from mixlm.routing.learned import LearnedRouter, gate_weights
+from mixlm.routing.learned import LearnedRouter
 from mixlm.routing.observation import ObservedStates
 from mixlm.routing.prompt import PromptRouter
 from mixlm.tokenization.segments import Offsets
@@ -41,7 +42,7 @@ def weights_along(
         UnsupportedError: The router reads the members' tokens, or observes a member, and these are not given.
     """
     if isinstance(router, LearnedRouter):
-        return gate_weights(features_along(text, starts, passage_starts), router.matrix)
+        return softmax(features_along(text, starts, passage_starts) @ router.matrix.T)
     observes = observed_by(router, prompt_bits.shape[1])
     if observes is not None and (observed is None or (observes.hidden and observed.hidden is None)):
         raise UnsupportedError(
@@ -58,10 +59,10 @@ def weights_along(
         context = PromptContext(prompt, partial(np.copy, prompt_bits[segments[0]]))
         route = CheckedRoute(router, context, prompt_bits.shape[1])
         if isinstance(router, FixedRouter | PromptRouter):
-            weights[segments] = route(_GivenText(b""))
+            weights[segments] = route(_GivenTextView(b""))
             continue
         for segment in segments:
-            before = _GivenText(text[passage_start + len(prompt) : int(starts[segment])])
+            before = _GivenTextView(text[passage_start + len(prompt) : int(starts[segment])])
             weights[segment] = route(before, None if observed is None else observed.at(int(segment)))
     return weights
 
@@ -82,7 +83,7 @@ def segments_by_passage(passage_starts: Offsets) -> Iterator[Offsets]:
     yield from np.split(order, changes)
 
 
-class _GivenText:
+class _GivenTextView:
     """A given text as a router's state: its bytes are known, the members' tokens are not."""
 
     def __init__(self, text: bytes) -> None:

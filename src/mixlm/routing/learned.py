@@ -7,21 +7,26 @@ member has scored.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.sampling import softmax
 from mixlm.errors import ConfigError
 from mixlm.routing.base import PromptContext, Route
-from mixlm.routing.features import FEATURES, TAIL, features
+from mixlm.routing.features import FEATURE_TAIL, FEATURES, features
 from mixlm.types import Floats
 from mixlm.units.base import TextView
 
 if TYPE_CHECKING:
     from mixlm.routing.gate_router import GateRouter
+
+
+_HINT = "train one with mixlm fit --router"
 
 
 class LearnedRouter:
@@ -44,7 +49,7 @@ class LearnedRouter:
         """Return the gate, applied to the prompt and the text so far."""
 
         def route(state: TextView) -> Floats:
-            text = (context.text[-TAIL:] + state.tail(TAIL))[-TAIL:]
+            text = (context.text[-FEATURE_TAIL:] + state.tail(FEATURE_TAIL))[-FEATURE_TAIL:]
             weights: Floats = self.weights_at(text, np.array([len(text)]))[0]
             return weights
 
@@ -52,7 +57,7 @@ class LearnedRouter:
 
     def weights_at(self, text: bytes, positions: npt.NDArray[np.int64]) -> Floats:
         """Return the weights after `text[:position]` for each position: float64 (positions, members)."""
-        return gate_weights(features(text, positions), self.matrix)
+        return softmax(features(text, positions) @ self.matrix.T)
 
     def for_members(self, names: Sequence[str]) -> LearnedRouter:
         """Return the router for the same members in another order: each keeps its own row."""
@@ -66,52 +71,52 @@ class LearnedRouter:
     @classmethod
     def load(cls, path: str | Path) -> LearnedRouter:
         """Read a gate. Raises ConfigError if the file is not one."""
-        try:
-            form = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-            if form["kind"] != "learned":
-                raise ValueError(f"its kind is {form['kind']!r}")
-            matrix, names = np.array(form["matrix"], dtype=np.float64), [str(name) for name in form["members"]]
-            if matrix.shape != (len(names), FEATURES) or not np.isfinite(matrix).all():
-                raise ValueError(f"its matrix is not one of {len(names)} × {FEATURES} finite numbers")
-            return cls(matrix, names)
-        except OSError as error:
-            raise ConfigError(f"the router file {path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(
-                f"{path} is not a learned router: {what_is_wrong(error)}", "write one with mixlm fit --router"
-            ) from error
+        with saved_form(path, "learned router", _HINT) as form:
+            return cls.from_form(form)
+
+    @classmethod
+    def from_form(cls, form: Mapping[str, Any]) -> LearnedRouter:
+        """Return the router that a file describes. Raises ValueError, KeyError or TypeError where it describes none."""
+        if form["kind"] != "learned":
+            raise ValueError(f"its kind is {form['kind']!r}")
+        matrix, names = np.array(form["matrix"], dtype=np.float64), [str(name) for name in form["members"]]
+        if matrix.shape != (len(names), FEATURES) or not np.isfinite(matrix).all():
+            raise ValueError(f"its matrix is not one of {len(names)} × {FEATURES} finite numbers")
+        return cls(matrix, names)
 
 
 def load_router(path: str | Path) -> LearnedRouter | GateRouter:
     """Read a router that `mixlm fit --router` has written. Raises ConfigError if the file is not one."""
-    try:
-        form = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return LearnedRouter.load(path)  # which says what is wrong
     from mixlm.routing.gate_router import KIND, GateRouter
 
-    if not isinstance(form, dict) or form.get("kind") != KIND:
-        return LearnedRouter.load(path)
-    hint = "train one with this mixlm: mixlm fit --router"
+    with saved_form(path, "learned router", _HINT) as form:
+        return GateRouter.load(path, form) if form.get("kind") == KIND else LearnedRouter.from_form(form)
+
+
+@contextmanager
+def saved_form(path: str | Path, what: str, hint: str) -> Iterator[dict[str, Any]]:
+    """Yield the JSON of a file that mixlm has written, to build what it describes.
+
+    Args:
+        path: The file.
+        what: What it is, for messages.
+        hint: What to do about a file that is not of that kind.
+
+    Raises:
+        ConfigError: It cannot be read, or what it describes cannot be built.
+    """
     try:
-        return GateRouter.load(path, form)
+        form = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if not isinstance(form, dict):
+            raise TypeError
+        yield form
+    except OSError as error:
+        raise ConfigError(f"the {what} {path} cannot be read: {error.strerror}", hint) from error
     except ConfigError as error:
-        raise ConfigError(f"the router in {path} cannot be used: {error.message}", error.hint or hint) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a learned router: {what_is_wrong(error)}", hint) from error
-
-
-def what_is_wrong(error: Exception) -> str:
-    """Return what an error in reading a file says of it."""
-    if isinstance(error, TypeError | AttributeError):
-        return "a value in it has another type than those that mixlm fit writes"
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
-
-
-def gate_weights(inputs: Floats, matrix: Floats) -> Floats:
-    """Return `softmax(inputs · matrixᵀ)` by rows: float64 (rows, members)."""
-    scores = inputs @ matrix.T
-    scores -= scores.max(axis=1, keepdims=True)
-    out: Floats = np.exp(scores)
-    out /= out.sum(axis=1, keepdims=True)
-    return out
+        raise ConfigError(f"the {what} {path} cannot be used: {error.message}", error.hint or hint) from error
+    except (TypeError, AttributeError) as error:
+        wrong = "a value in it has another type than those that mixlm fit writes"
+        raise ConfigError(f"{path} is not a {what}: {wrong}", hint) from error
+    except (ValueError, KeyError, RecursionError) as error:
+        wrong = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"{path} is not a {what}: {wrong}", hint) from error

@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.sampling import largest_indices
+from mixlm.core.sampling import largest_indices, log_softmax
 from mixlm.errors import ConfigError
 from mixlm.routing.base import Observation, Observes
 from mixlm.types import Candidates, Floats, HiddenStates, Ids, LogitsRow
@@ -105,8 +105,7 @@ def top_tokens(row: LogitsRow, k: int) -> Candidates:
     order = np.lexsort((ids, -logits))[:k]
     ids, logits = ids[order], logits[order]
     if len(ids):
-        logits = logits - logits[0]
-        logits -= np.log(np.exp(logits).sum())
+        logits = log_softmax(logits)
     missing = k - len(ids)
     if missing:
         ids, logits = np.append(ids, np.full(missing, -1)), np.append(logits, np.full(missing, -np.inf))

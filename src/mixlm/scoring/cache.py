@@ -13,13 +13,13 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from mixlm.errors import ConfigError
 from mixlm.models.cache import cache_root
 from mixlm.version import __version__
 
-LIMIT = "MIXLM_SCORES_MB"
+LIMIT_VARIABLE = "MIXLM_SCORES_MB"
 _MEGABYTES = 500.0
 
 
@@ -28,7 +28,7 @@ def folder() -> Path:
     return cache_root() / "scores"
 
 
-def file(about: Sequence[Any], data: Iterable[bytes]) -> Path:
+def path_of(about: Sequence[Any], data: Iterable[bytes]) -> Path:
     """Return the file of a result: a hash of mixlm's version and of all that it depends on.
 
     Args:
@@ -39,14 +39,6 @@ def file(about: Sequence[Any], data: Iterable[bytes]) -> Path:
     for part in data:
         digest.update(len(part).to_bytes(8, "little") + part)
     return folder() / f"{digest.hexdigest()}.npz"
-
-
-class Savable(Protocol):
-    """What the cache holds: scores, or the token matches that they are computed from."""
-
-    def save(self, path: str) -> None:
-        """Write it to a file."""
-        ...
 
 
 T = TypeVar("T")
@@ -68,10 +60,10 @@ def get(path: Path, load: Callable[[Path], T]) -> T | None:
     return value
 
 
-def put(value: Savable, path: Path) -> None:
+def put(save: Callable[[str], None], path: Path) -> None:
     """Write a file atomically and enforce the limit. A cache that cannot be written is no error.
 
-    Raises ConfigError for a limit that is not a number.
+    save: writes to a path. Raises ConfigError for a limit that is not a number.
     """
     limit_bytes = limit()
     with suppress(OSError):
@@ -79,7 +71,7 @@ def put(value: Savable, path: Path) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
         os.close(handle)
         try:
-            value.save(temporary)
+            save(temporary)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -89,13 +81,13 @@ def put(value: Savable, path: Path) -> None:
 
 def limit() -> float:
     """Return the limit in bytes. Raises ConfigError for a setting that is not a number, or negative."""
-    setting = os.environ.get(LIMIT, "")
+    setting = os.environ.get(LIMIT_VARIABLE, "")
     try:
         megabytes = float(setting) if setting else _MEGABYTES
     except ValueError:
         megabytes = -1
     if not megabytes >= 0:
-        raise ConfigError(f"{LIMIT} is {setting!r}; it must be a number of megabytes, 0 or more")
+        raise ConfigError(f"{LIMIT_VARIABLE} is {setting!r}; it must be a number of megabytes, 0 or more")
     return megabytes * 1e6
 
 

@@ -112,11 +112,11 @@ def cached_matches(
     if member.model is None:
         return match_tokens(member.engine, prefix, passage.data, progress)
     about = ["every place", member.engine.name, dict(member.engine.details), member.model]
-    path = cache.file(about, [prefix.tobytes(), passage.data])
+    path = cache.path_of(about, [prefix.tobytes(), passage.data])
     if (cached := cache.get(path, TokenMatches.load)) is not None:
         return cached
     matches = match_tokens(member.engine, prefix, passage.data, progress)
-    cache.put(matches, path)
+    cache.put(matches.save, path)
     return matches
 
 

@@ -65,7 +65,7 @@ def member_scores(
             progress(member.name, len(parts), len(passages))
     scores = replace(concatenate(parts), seconds=time.perf_counter() - start)
     if path is not None:
-        cache.put(scores, path)
+        cache.put(scores.save, path)
     return scores
 
 
@@ -177,4 +177,4 @@ def _cache_path(
         for (ids, _), passage in zip(encoded, passages, strict=True)
         for part in (ids.tobytes(), passage.prompt, passage.data, b"ends" if passage.scores_end else b"")
     ]
-    return cache.file([PASSAGE_BYTES, engine.name, dict(engine.details), model], parts)
+    return cache.path_of([PASSAGE_BYTES, engine.name, dict(engine.details), model], parts)

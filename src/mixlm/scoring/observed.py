@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from mixlm.engines.base import Engine, Session
 from mixlm.engines.topk_only import TopKOnlySession
-from mixlm.errors import UnsupportedError
 from mixlm.routing.base import Observes
 from mixlm.routing.observation import ObservedStates, top_mass, top_tokens
 from mixlm.scoring import cache
@@ -41,15 +40,7 @@ def observed_states(
         name: The member's.
         model: Its model's identity, to cache the result; None to cache nothing.
         progress: Called with what is done, the passages so far and their number.
-
-    Raises:
-        UnsupportedError: The engine gives no hidden states, and they are observed.
     """
-    if observes.hidden and engine.hidden_size is None:
-        raise UnsupportedError(
-            f"{engine.backend} gives no hidden states of {name}",
-            "use --engine hf (engine='hf'), or features of the text and of likely tokens",
-        )
     path, states = None, None
     if model is not None:
         observing = ["observed with mass", engine.name, dict(engine.details), model, observes.top_k, observes.hidden]
@@ -58,7 +49,7 @@ def observed_states(
             for passage, (ids, bounds) in passages
             for part in (ids.tobytes(), len(bounds).to_bytes(8, "little"), b"ends" if passage.scores_end else b"")
         ]
-        path = cache.file(observing, data)
+        path = cache.path_of(observing, data)
         states = cache.get(path, ObservedStates.load)
     if states is None:
         parts = []
@@ -69,7 +60,7 @@ def observed_states(
                 progress(f"observing {name}", len(parts), len(passages))
         states = ObservedStates.concatenate(parts)
         if path is not None:
-            cache.put(states, path)
+            cache.put(states.save, path)
     following = [
         np.append(ids[len(ids) - len(bounds) :], [-1] * passage.scores_end) for passage, (ids, bounds) in passages
     ]

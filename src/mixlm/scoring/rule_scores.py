@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from mixlm.binding import check_two_prompts
 from mixlm.core.combinations.base import Combination
+from mixlm.core.sampling import log_softmax
 from mixlm.engines.base import respond
 from mixlm.engines.requests import Request, Response
 from mixlm.engines.topk_only import full_distribution_error
@@ -147,8 +148,7 @@ class RuleScorer:
                 for variant, (rule, weights) in enumerate(self._variants):
                     if rule.is_product:
                         scores = rule.log_scores(logs, weights)
-                        top = scores.max()
-                        total[variant] += scores[targets[place]] - top - np.log(np.exp(scores - top).sum())
+                        total[variant] += log_softmax(scores)[targets[place]]
                     else:
                         scores = rule.combine(probs, weights)
                         total[variant] += np.log(scores[targets[place]])
@@ -202,7 +202,7 @@ class RuleScorer:
         place = 0
         while place < len(passage.data):
             symbol = int(best[place][variant]) if place in best else self._unit.end
-            data = b"" if symbol == self._unit.end else self._unit.symbol_bytes(symbol)
+            data = self._unit.symbol_bytes(symbol)
             if not data or not passage.data.startswith(data, place):
                 return False
             place += len(data)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mixlm.core.options import GenerationOptions
-from mixlm.engines import Engine
+from mixlm.engines import Engine, is_remote
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import Prompt
@@ -111,7 +111,7 @@ def identity(model: str, dtype: str = "auto", adapter: str | None = None, revisi
 
     None for a model behind a server, which may have another one tomorrow: its scores are not cached.
     """
-    if model.startswith(("http://", "https://")):
+    if is_remote(model):
         return None
     if model.startswith("toy:"):
         return model

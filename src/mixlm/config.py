@@ -1,6 +1,6 @@
 """The form of an ensemble file: frozen models, of which an unknown key is an error, and errors in words.
 
-method = "mixture"              # or conventional, greedy, single, speculative, auto
+method = "mixture"              # or conventional, greedy, single, speculative, auto, layered
 unit = "auto"                   # or token, piece, word, byte
 [sampling]                      # for every member
 top_k = 10

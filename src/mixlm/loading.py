@@ -33,7 +33,7 @@ from mixlm.types import Floats
 if TYPE_CHECKING:
     from mixlm.core.combinations import Combination
 
-Progress = Callable[[str], None]
+OnStage = Callable[[str], None]
 LoadedPair = tuple[Any, Any]  # a model and a tokenizer of transformers
 _USE_HF = "use --engine hf (engine='hf'), and keep it for all that is to be compared"
 
@@ -138,20 +138,20 @@ def load(  # noqa: PLR0913 - one option each
         **{"device_map": device_map, "max_memory": max_memory, "quantization": quantization},
         **{"revision": revision, "attn": attn},
     }
-    _check_uses(of_files, [name for name in names if name not in pairs])
+    _check_loading_options(of_files, [name for name in names if name not in pairs])
     for member in raw["members"]:
         member.pop("template_file", None)  # read by then
         overrides: dict[str, Any] = {"graphs": graphs, "prefix_cache": prefix_cache}
         overrides |= {"engine": "hf"} if member["model"] in pairs else of_files
         member |= {name: value for name, value in overrides.items() if value is not None}
     config = parse_config(raw, None)
-    with _shown_progress(len(config.members)) as progress:
+    with shown_progress(len(config.members)) as progress:
         return load_config(
             config, weights=weights, router=router, progress=progress, load_engine=load_member, rule=own_rule
         )
 
 
-def _check_uses(options: Mapping[str, Any], files: Sequence[str]) -> None:
+def _check_loading_options(options: Mapping[str, Any], files: Sequence[str]) -> None:
     """Raise ConfigError for options of loading where all models are loaded already. files: the other models."""
     unset = (None, "auto", False)
     given = [name for name, value in options.items() if value not in unset and (name, value) != ("engine", "hf")]
@@ -217,7 +217,7 @@ def load_config(  # noqa: PLR0913 - one option each
     *,
     weights: Sequence[float] | None = None,
     router: Router | RouterFunction | None = None,
-    progress: Progress | None = None,
+    progress: OnStage | None = None,
     engines: dict[EngineSpec, Engine] | None = None,
     load_engine: Callable[[EngineSpec], Engine] = load_engine,
     sequences: int = 4,
@@ -269,7 +269,7 @@ def load_config(  # noqa: PLR0913 - one option each
         method=config.method, system=config.system, on_failure=config.on_failure, **rule_options
     )
     if rule is None:
-        _check_use(config, defaults.combination)
+        _check_roles_and_router(config, defaults.combination)
     if router is None:
         router = _router(config.router, checked_weights, names)
     if (observes := observed_by(router, len(members))) is not None:
@@ -279,7 +279,7 @@ def load_config(  # noqa: PLR0913 - one option each
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
 
 
-def _check_use(config: EnsembleConfig, rule: Combination | None) -> None:
+def _check_roles_and_router(config: EnsembleConfig, rule: Combination | None) -> None:
     """Raise ConfigError for roles without a rule, and for a router with a rule that takes no weights."""
     given = next((member for member in config.members if member.role is not None), None)
     if given is not None and config.combination is None:
@@ -327,7 +327,7 @@ def check_full_distributions(config: EnsembleConfig, purpose: str) -> None:
 def _load_or_share(
     spec: EngineSpec,
     engines: Mapping[EngineSpec, Engine],
-    progress: Progress | None,
+    progress: OnStage | None,
     load_engine: Callable[[EngineSpec], Engine],
 ) -> Engine:
     """Return an engine on weights that another engine has loaded, or load it."""
@@ -374,7 +374,7 @@ def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Rout
 
 
 @contextmanager
-def _shown_progress(models: int) -> Iterator[Progress | None]:
+def shown_progress(models: int) -> Iterator[OnStage | None]:
     """Yield a function that shows what is loaded: in a bar at a terminal, in lines in a notebook, else None."""
     if "ipykernel" in sys.modules:
         yield lambda name: print(f"loading {name}", file=sys.stderr, flush=True)

@@ -262,10 +262,10 @@ def test_models_lists_what_is_installed(run: Run, monkeypatch: pytest.MonkeyPatc
 def test_models_get(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixlm.models.cache import InstalledModel
 
-    def get(name: str) -> list[InstalledModel]:
+    def fetch_models(name: str) -> list[InstalledModel]:
         return [InstalledModel(name, Path("/models") / name, "catalog", 1, "bfloat16", None)]
 
-    monkeypatch.setattr("mixlm.models.fetch.get", get)
+    monkeypatch.setattr("mixlm.models.fetch.fetch_models", fetch_models)
     assert run("models", "get", "smollm2-135m").out == "smollm2-135m is installed: /models/smollm2-135m\n"
 
 

@@ -81,10 +81,10 @@ def get(
     debug: _Debug = False,
 ) -> None:
     """Fetch models, unless they are installed."""
-    from mixlm.models import fetch
+    from mixlm.models.fetch import fetch_models
 
     for name in names:
-        for model in fetch.get(name):
+        for model in fetch_models(name):
             print(f"{visible(model.name)} is installed: {visible(str(model.path))}")
 
 

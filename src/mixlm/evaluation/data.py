@@ -79,7 +79,7 @@ def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
         # With their endings, any two names look a little alike.
         there = sorted(file.stem for file in path.parent.glob("*.jsonl"))
         shown = ", ".join(f"{stem}.jsonl" for stem in there[:8]) or "no .jsonl files"
-        close = [f"{close_matche}.jsonl" for close_matche in close_matches(path.stem, there)]
+        close = [f"{match}.jsonl" for match in close_matches(path.stem, there)]
         hint = did_you_mean(path.name, close) or f"the folder has {shown}"
         raise ConfigError(f"there is no file {path}", hint) from None
     except (OSError, UnicodeDecodeError) as error:

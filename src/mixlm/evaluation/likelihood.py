@@ -1,4 +1,4 @@
-"""The probability of a given continuation under the mixture.
+"""The probability of a given continuation under the mixture, or under a combination rule.
 
 Context and continuation are encoded apart, so that every member has a token boundary between them. Inside the
 continuation the members meet where all of them have a boundary, as in `mixlm.scoring.score`: a segment's probability is
@@ -11,12 +11,15 @@ Members are scored as they are, without sampling options.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.options import RULE_OPTIONS, GenerationOptions
+from mixlm.core.sampling import log_softmax
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.engines.topk_only import TopKOnlySession, full_distribution_error
@@ -29,6 +32,8 @@ from mixlm.routing.gate_router import GateRouter
 from mixlm.routing.observation import ObservedStates
 from mixlm.scoring.marginal_scores import prompt_bits
 from mixlm.scoring.observed import passage_states
+from mixlm.scoring.passages import Passage
+from mixlm.scoring.rule_scores import RuleScorer, text_passages
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import Scores, router_weights
 from mixlm.tokenization.segments import common_boundaries, first_tokens, segment_logprobs, token_ends
@@ -207,6 +212,40 @@ class ContinuationScorer:
         return out, greedy
 
 
+class RuleContinuationScorer:
+    """Scores continuations under the rule of some options, by `mixlm.scoring.rule_scores`.
+
+    In the unit `piece` it is the sum over all ways to spell the continuation.
+
+    Raises:
+        UnsupportedError: The rule, the unit or an engine gives no log-probabilities.
+    """
+
+    def __init__(self, ensemble: Ensemble, settings: GenerationOptions) -> None:
+        self._ensemble = Ensemble(
+            ensemble.members, ensemble.weights.tolist(), unit=ensemble.unit, router=ensemble.router, defaults=settings
+        )
+        self._scorer = RuleScorer(self._ensemble)
+
+    def continuation(self, context: RequestContext, text: str) -> tuple[float, bool]:
+        """Return the natural log-probability of `text` behind a context, and whether it is the greedy continuation.
+
+        A context that is too long for a member loses its beginning. Raises PromptTooLongError when the continuation
+        alone is too long.
+        """
+        context, data = split_context(context, text)
+        if not data:
+            return 0.0, True
+        parts = [MemberContinuation(member.engine, context, data) for member in self._ensemble.members]
+        passage = Passage(data, [part.before for part in parts], context_text(context))
+        [logprob], [greedy] = self._scorer.score(passage)
+        return float(logprob), bool(greedy)
+
+    def text(self, text: str) -> float:
+        """Return the natural log-probability of a text from its beginning, in passages that fit the contexts."""
+        return float(self._scorer.logprobs(text_passages(self._ensemble, [text]))[0]) if text else 0.0
+
+
 class MemberContinuation:
     """One member's reading of a request: ids of the continuation, where they end in bytes, ids in front of them.
 
@@ -234,9 +273,8 @@ class MemberContinuation:
         whole = np.concatenate([self.before, self.ids])
         for start in range(0, len(self.ids), _ROWS):
             end = min(start + _ROWS, len(self.ids))
-            logits = session.logits(whole[: len(self.before) + end - 1], last=end - start).astype(np.float64)
-            top = logits.max(axis=1, keepdims=True)
-            yield self.ids[start:end], logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
+            logits = session.logits(whole[: len(self.before) + end - 1], last=end - start)
+            yield self.ids[start:end], log_softmax(logits)
 
 
 def split_context(context: RequestContext, text: str) -> tuple[RequestContext, bytes]:
@@ -262,3 +300,9 @@ def context_ids(engine: Engine, context: RequestContext) -> Ids:
         return engine.prompts.raw(context.text)
     begun: Sequence[int] = engine.encoder.encode(context.text.encode(errors="replace")).ids if context.text else []
     return np.concatenate([engine.prompts.chat(context.messages), np.array(begun, dtype=np.int64)])
+
+
+def rule_settings(ensemble: Ensemble, options: Mapping[str, Any]) -> GenerationOptions:
+    """Return the default options of an ensemble with the rule of some options over theirs, whatever the method."""
+    given = {name: options[name] for name in RULE_OPTIONS if name in options}
+    return ensemble.defaults.with_options({"method": "conventional", "draft": None, **given})

@@ -1,16 +1,24 @@
-"""What an evaluation found: scores with intervals, and differences on the same questions."""
+"""What an evaluation found: scores with intervals, and differences on the same questions with their p-values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from mixlm.errors import ConfigError, did_you_mean
-from mixlm.evaluation.statistics import Interval, sign_flip_p, t_interval
 from mixlm.types import Floats
+
+Interval = tuple[float, float]
+
+LEVEL = 0.95
+_FLIPS = 20_000
+_BLOCK = 500
+_EXACT = 14  # with so few questions that differ, all sign patterns are gone through
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class PairedComparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -132,11 +140,10 @@ class Results:
         self.score(task, left), self.score(task, right)
         usable = [score for score in self.scores if score.task == task and score.questions is not None]
         for score in (score for score in usable if score.method == left):
-            other = [
-                two for two in usable if (two.method, two.metric, two.filter) == (right, score.metric, score.filter)
-            ]
-            if other:
-                return _paired_comparison(score, other[0])
+            wanted = (right, score.metric, score.filter)
+            for candidate in usable:
+                if (candidate.method, candidate.metric, candidate.filter) == wanted:
+                    return _paired_comparison(score, candidate)
         raise ConfigError(f"{task} has no metric that is a mean over questions, so its methods cannot be paired")
 
     def comparisons(self) -> tuple[PairedComparison, ...]:
@@ -177,3 +184,36 @@ def _paired_comparison(left: Score, right: Score) -> PairedComparison:
         better=int((differences > 0).sum()),
         worse=int((differences < 0).sum()),
     )
+
+
+def t_interval(values: Sequence[float] | Floats) -> Interval | None:
+    """Return the 95 % interval of a mean by Student's t; None for fewer than two values."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.size < 2:
+        return None
+    half = stats.t.ppf((1 + LEVEL) / 2, array.size - 1) * array.std(ddof=1) / np.sqrt(array.size)
+    return float(array.mean() - half), float(array.mean() + half)
+
+
+def sign_flip_p(differences: Floats, seed: int = 0) -> float:
+    """Return the two-sided p-value of a mean difference of 0, from differences (n,) of paired values.
+
+    If two methods are equally good, each question's difference could as well have had the other sign. The p-value is
+    the share of sign patterns whose mean is as far from 0 as the one found; from 20,000 random patterns where there are
+    too many to go through. With one yes-or-no answer a question this is McNemar's exact test.
+    """
+    moved = differences[differences != 0]
+    if moved.size == 0:
+        return 1.0
+    if (abs(moved) == abs(moved[0])).all():
+        return float(stats.binomtest(int((moved > 0).sum()), moved.size).pvalue)
+    observed = abs(moved.sum()) * (1 - 1e-12)
+    if moved.size <= _EXACT:
+        patterns = np.array(list(product((-1.0, 1.0), repeat=moved.size))).reshape(-1, moved.size)
+        return float((abs(patterns @ moved) >= observed).mean())
+    rng = np.random.default_rng(seed)
+    far = 0
+    for _ in range(_FLIPS // _BLOCK):
+        patterns = rng.integers(0, 2, size=(_BLOCK, moved.size)) * 2.0 - 1.0
+        far += int((abs(patterns @ moved) >= observed).sum())
+    return (far + 1) / (_FLIPS + 1)

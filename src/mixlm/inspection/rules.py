@@ -14,6 +14,7 @@ from mixlm.decoding.layered import has_envelope
 from mixlm.ensemble import Ensemble
 from mixlm.generation.target import assign_roles
 from mixlm.inspection.report import RuleReport
+from mixlm.types import Usage
 
 _TOKENS = 32
 
@@ -40,26 +41,29 @@ def measure_rule(ensemble: Ensemble, report: RuleReport, prompt: str, options: M
     """
     plain = {name: value for name, value in options.items() if name not in ("method", "max_tokens", "stop", "draft")}
     written = {"seed": 0, **plain, "max_tokens": _TOKENS, "ignore_end": True}
-    forwards, speeds, drafted = {}, {}, (0, 0)
-    for method, draft in (("conventional", None), ("layered", None), ("early", "none")):
-        name = "layered" if draft else method
+
+    def measure(method: str, draft: str | None = None) -> Usage:
         for _ in range(2):
-            usage = ensemble.generate(prompt, **{**written, "method": name, "draft": draft}).usage
-        forwards[method] = sum(member.forwards for member in usage.members.values()) / max(usage.tokens, 1)
-        speeds[method] = usage.tokens_per_second
-        if method == "layered":
-            drafted = usage.drafted, usage.accepted
+            usage: Usage = ensemble.generate(prompt, **{**written, "method": method, "draft": draft}).usage
+        return usage
+
+    conventional, layered, without_drafts = measure("conventional"), measure("layered"), measure("layered", "none")
     others = max(len(ensemble.members) - 1, 1)
     return replace(
         report,
         tokens=_TOKENS,
-        stopped=float(np.clip((len(ensemble.members) - forwards["early"]) / others, 0, 1)),
-        forwards=forwards["layered"],
-        drafted=drafted[0],
-        accepted=drafted[1],
-        tokens_per_second=speeds["layered"],
-        conventional_tokens_per_second=speeds["conventional"],
+        stopped=float(np.clip((len(ensemble.members) - _forwards(without_drafts)) / others, 0, 1)),
+        forwards=_forwards(layered),
+        drafted=layered.drafted,
+        accepted=layered.accepted,
+        tokens_per_second=layered.tokens_per_second,
+        conventional_tokens_per_second=conventional.tokens_per_second,
     )
+
+
+def _forwards(usage: Usage) -> float:
+    """Return the forwards of a token, of all members."""
+    return sum(member.forwards for member in usage.members.values()) / max(usage.tokens, 1)
 
 
 def _needs(rule: Combination) -> tuple[str, ...]:

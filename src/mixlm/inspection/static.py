@@ -25,7 +25,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def describe_members(ensemble: Ensemble, question: str, options: Mapping[str, Any]) -> tuple[MemberReport, ...]:
-    """Describe each member. Raises what `Ensemble.prompts` raises for the question."""
+    """Describe each member. Raises what `Ensemble.encode_prompt` raises for the question."""
     prompts = ensemble.encode_prompt(question, ensemble.settings(**options)).ids
     reports = []
     for i, (member, ids) in enumerate(zip(ensemble.members, prompts, strict=True)):

@@ -276,8 +276,8 @@ def _compared(about: tuple[str, str, str], position: int, counts: npt.NDArray[An
         other = shares[1] if len(shares) > 1 else expected
         return np.asarray(0.5 * np.abs(shares[0] - other).sum(axis=-1))
 
-    found, noise = float(distance(list(counts / totals))), float(distance(simulated).mean())
-    return CheckResult(*about, position, int(totals[0, 0]), statistic, p_value, found, noise, equal=False)
+    variation, noise = float(distance(list(counts / totals))), float(distance(simulated).mean())
+    return CheckResult(*about, position, int(totals[0, 0]), statistic, p_value, variation, noise, equal=False)
 
 
 def _chi_square(observed: npt.NDArray[Any], expected: Floats) -> tuple[float, float]:

@@ -33,8 +33,8 @@ from mixlm.types import Candidates, Floats, Ids, Logits, TopKFilter
 from mixlm.units.base import TextState
 from mixlm.units.word import WordState, WordUnit, begins_word
 from mixlm.verification import baselines as references
+from mixlm.verification.sampling import Outcome
 
-Outcome = tuple[int, ...]
 _FIRST_SYMBOLS = 24  # how many first symbols get a distribution of their own for the second; the rest share one cell
 
 

@@ -83,7 +83,7 @@ class ToolCallParser:
         mark = CALL_END if self._state == "arguments" else CALL_BEGIN
         before, separator, after = self._buffer.partition(mark)
         if not separator:
-            length = len(before) - _overlap(before, mark)
+            length = len(before) - overlap(before, mark)
             before, after = before[:length], before[length:]
         if self._state == "text" and not self._has_content and not before.strip():
             if not separator:
@@ -116,6 +116,6 @@ def split_calls(text: str, names: Iterable[str]) -> tuple[str, tuple[ToolCall, .
     return content, tuple(calls)
 
 
-def _overlap(text: str, mark: str) -> int:
-    """Return the length of the longest end of a text that is a beginning of a mark."""
+def overlap(text: str, mark: str) -> int:
+    """Return the length of the longest suffix of a text that is a proper prefix of a mark."""
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

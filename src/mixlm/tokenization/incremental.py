@@ -288,9 +288,9 @@ class TokenizerEncoder:
         if not parts:
             return None
         # The parts are normalized already, and only the first may get a leading space.
-        bare = [_without_special_tokens(each) for each in (tokenizer, self._tokenizer)]
-        for each in bare:
-            each.normalizer = None
+        bare = [_without_special_tokens(original) for original in (tokenizer, self._tokenizer)]
+        for copied in bare:
+            copied.normalizer = None
         ids: list[int] = encode_text(bare[0], parts[0], ids_only=True).ids
         return ids + [i for part in parts[1:] for i in encode_text(bare[1], part, ids_only=True).ids]
 

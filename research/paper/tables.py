@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mixlm.evaluation.results import Score
-from mixlm.evaluation.statistics import Interval
+from mixlm.evaluation.results import Interval, Score
 from research.paper import published
 from research.paper.experiments import COLUMNS
 from research.paper.findings import AccuracyFinding, Findings, SpeedFinding

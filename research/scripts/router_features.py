@@ -22,7 +22,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.routing.gate import Array, softmax
+from mixlm.core.sampling import softmax
+from mixlm.routing.gate import Array
 from mixlm.routing.gate_router import top_k_features
 from mixlm.routing.given_text import segments_by_passage
 from mixlm.scoring.scores import Scores, context_features

@@ -12,6 +12,7 @@ from mixlm.config import EnsembleConfig, MemberConfig, parse_config
 from mixlm.errors import ConfigError, did_you_mean
 
 _NO_MODEL = "an ensemble file is text in TOML; a model is named with -m"
+_UTF8 = "save it as UTF-8"
 _TOML = 'a value follows an equals sign, texts stand in "quotes", and each member stands below a line [[members]]'
 
 
@@ -19,16 +20,14 @@ def read_config(path: str | Path) -> EnsembleConfig:
     """Read an ensemble file. Raises ConfigError that names the file, the key and the allowed values."""
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # a byte-order mark is no text
-    except FileNotFoundError:
+        text = _read(path, str(path), _NO_MODEL, _UTF8 if path.suffix.lower() == ".toml" else _NO_MODEL)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
         names = [file.name for file in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, names) or _NO_MODEL
-        raise ConfigError(f"there is no ensemble file {path}", hint) from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}", _NO_MODEL) from error
-    except UnicodeDecodeError as error:
-        hint = _NO_MODEL if path.suffix.lower() != ".toml" else "save it as UTF-8"
-        raise ConfigError(f"{path}{_line_of(error)}: it is not UTF-8 ({error.reason})", hint) from error
+        raise ConfigError(f"there is no ensemble file {path}", did_you_mean(path.name, names) or _NO_MODEL) from None
+    try:
+        raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}", _TOML) from error
     config = parse_config(raw, str(path))
@@ -72,25 +71,23 @@ def _resolve_files(member: MemberConfig, folder: Path, source: Path) -> MemberCo
         if member.template is not None:
             raise ConfigError(f"{source}: member {name} has a template and a template_file", "give one of them")
         place = f"{source}: template_file {member.template_file} of member {name}"
-        try:
-            changes["template"] = (folder / member.template_file).read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise ConfigError(
-                f"{place} cannot be read: {error.strerror or error}", f"its path begins at the folder {folder}"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{place}{_line_of(error)}: it is not UTF-8 ({error.reason})", "save it as UTF-8"
-            ) from error
+        hint = f"its path begins at the folder {folder}"
+        changes["template"] = _read(folder / member.template_file, place, hint, _UTF8)
     for key, value in (("model", member.model), ("adapter", member.adapter), ("tokenizer", member.tokenizer)):
         if value and (folder / value).exists():
             changes[key] = str(folder / value)
     return member.model_copy(update=changes)
 
 
-def _line_of(error: UnicodeDecodeError) -> str:
-    line = error.object[: error.start].count(b"\n") + 1
-    return f", line {line}"
+def _read(path: Path, place: str, hint: str, form_hint: str) -> str:
+    """Return the text of a file. Raises ConfigError, which calls it `place`, where it is not readable or no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no text
+    except OSError as error:
+        raise ConfigError(f"{place} cannot be read: {error.strerror or error}", hint) from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{place}, line {line}: it is not UTF-8 ({error.reason})", form_hint) from error
 
 
 def _check_template(template: str | None, place: str) -> None:

@@ -7,8 +7,7 @@ import pytest
 from scipy import stats
 
 from mixlm.errors import ConfigError
-from mixlm.evaluation.results import Results, Score
-from mixlm.evaluation.statistics import sign_flip_p, t_interval
+from mixlm.evaluation.results import Results, Score, sign_flip_p, t_interval
 
 
 def test_the_interval_is_students() -> None:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from mixlm.cli.options import Shared, flag
+from mixlm.cli.options import Shared, check_counts, flag
 from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
@@ -42,9 +42,7 @@ class AccuracyOptions:
         for name in ("limit", "seeds", "data", "out"):
             if self.task is None and getattr(self, name) is not None:
                 raise UsageError(f"--{name} is given without --accuracy", "name a task: --accuracy TASK")
-        for name in ("limit", "seeds"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"--{name} is {value}; it must be 1 or more")
+        check_counts(limit=self.limit, seeds=self.seeds)
 
     def load(self, shared: Shared) -> AccuracySetup | None:
         """Return the task with its questions, or None. Raises before any model is loaded."""
@@ -180,7 +178,7 @@ class AccuracyReport:
 
     def _against_em(self, weighting: WeightingAccuracy) -> tuple[float, Any, float]:
         """Compare a weighting with EM, on the questions that did not select it if there are any."""
-        from mixlm.evaluation.statistics import sign_flip_p, t_interval
+        from mixlm.evaluation.results import sign_flip_p, t_interval
 
         fair = self.others if self.others.any() else self.chosen
         differences = (weighting.values.mean(axis=0) - self.em.values.mean(axis=0))[fair]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mixlm.cli.display import dim, engines_by_member, print_json
 from mixlm.cli.inputs import STDIN, check_writable, json_lines, line_error, read_texts
-from mixlm.cli.options import Shared
+from mixlm.cli.options import Shared, check_counts
 from mixlm.core.options import OPTIONS
 from mixlm.core.rule_options import rule_as_dict
 from mixlm.errors import ConfigError, UsageError, did_you_mean
@@ -54,8 +54,7 @@ class PromptFile:
             ConfigError: A line is not a prompt, or the output cannot be written; the message names the file and line.
             UsageError: Input and output are the same file.
         """
-        if self.batch_size < 1:
-            raise ConfigError(f"--batch is {self.batch_size}; it must be 1 or more")
+        check_counts(batch=self.batch_size)
         if not self._to_stdout:
             check_writable("--output", self.output)
             if self.output.exists() and not self.output.is_file():

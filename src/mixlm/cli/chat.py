@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from mixlm.cli.conversation import Conversation
 from mixlm.cli.display import completion_fields, dim, print_json
-from mixlm.cli.errors import say
 from mixlm.cli.inputs import STDIN, decode
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, flag, with_shared
+from mixlm.cli.run import say
 from mixlm.errors import MixlmError, PromptTooLongError, UsageError, did_you_mean
 from mixlm.terminal import has_colours, is_terminal
 

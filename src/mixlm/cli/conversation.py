@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mixlm.cli.display import Display
+from mixlm.cli.options import parse_numbers
 from mixlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -60,13 +61,7 @@ class Conversation:
     def set_weights(self, text: str) -> str:
         """Set the weights of the next turns, or return them as they are if `text` is empty."""
         if text:
-            try:
-                weights = [float(weight) for weight in text.split(",")]
-            except ValueError:
-                raise ConfigError(
-                    f"/weights is {text!r}; it must be numbers with commas between them", "such as: /weights 0.7,0.3"
-                ) from None
-            ensemble = self.ensemble.with_weights(weights)
+            ensemble = self.ensemble.with_weights(parse_numbers("/weights", text, "/weights 0.7,0.3"))
             ensemble.context(ensemble.settings(**self._options))  # a rule may take no weights
             self.ensemble = ensemble
             self._renew()

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from mixlm.cli.display import dim, print_json
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, flag, with_shared
+from mixlm.cli.options import Shared, check_counts, flag, with_shared
 from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.core.options import Options
-    from mixlm.evaluation.results import Results, Score
-    from mixlm.evaluation.statistics import Interval
+    from mixlm.evaluation.results import Interval, Results, Score
 
 _DIFFERENCES = ("task", "comparison", "difference", "95 % interval", "p-value", "questions", "better", "worse")
 
@@ -56,12 +55,7 @@ def evaluate(
     """
     if listed:
         return _list(as_json)
-    if seeds < 1:
-        raise ConfigError(f"--seeds is {seeds}; it must be 1 or more")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit is {limit}; it must be 1 or more")
-    if batch < 1:
-        raise ConfigError(f"--batch is {batch}; it must be 1 or more")
+    check_counts(seeds=seeds, limit=limit, batch=batch)
     if methods is not None and shared.method is not None:
         raise UsageError("--method and --methods are both given", "omit --method")
     named = methods if methods is not None else shared.method

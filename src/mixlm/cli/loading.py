@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from itertools import count
 from typing import TYPE_CHECKING
 
 from mixlm.cli.display import dim
 from mixlm.cli.options import Shared, option_flag
 from mixlm.core.options import GenerationOptions
 from mixlm.errors import ConfigError, MixlmError, UsageError
-from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,15 +52,9 @@ def open_ensemble(
     weights = shared.numbers()
     _check(config, weights, options)
     from mixlm.engines import load
-    from mixlm.loading import load_config
+    from mixlm.loading import load_config, shown_progress
 
-    loaded = count()
-    with progress_bars(single=True) as show:
-
-        def progress(name: str) -> None:
-            if show is not None:
-                show(f"loading {name}", next(loaded), len(config.members))
-
+    with shown_progress(len(config.members)) as progress:
         try:
             ensemble = load_config(
                 config,

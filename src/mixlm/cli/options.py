@@ -192,14 +192,23 @@ class Shared:
 
     def numbers(self) -> list[float] | None:
         """Return the weights as numbers, None if they are not set. Raises ConfigError for what is not a number."""
-        if self.weights is None:
-            return None
-        try:
-            return [float(weight) for weight in self.weights.split(",")]
-        except ValueError:
-            raise ConfigError(
-                f"--weights is {self.weights!r}; it must be numbers with commas between them", "such as: -w 0.7,0.3"
-            ) from None
+        return None if self.weights is None else parse_numbers("--weights", self.weights, "-w 0.7,0.3")
+
+
+def parse_numbers(option: str, text: str, example: str) -> list[float]:
+    """Return numbers with commas between them. Raises ConfigError for what is not a number."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        allowed = f"{option} is {text!r}; it must be numbers with commas between them"
+        raise ConfigError(allowed, f"such as: {example}") from None
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise ConfigError for an option, by its name, that is less than 1."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"--{name} is {count}; it must be 1 or more")
 
 
 def _pairs(option: str, text: str | None) -> str | dict[str, str] | None:

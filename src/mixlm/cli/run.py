@@ -1,17 +1,21 @@
-"""Run a command line, and turn errors into one sentence, a hint and an exit code."""
+"""Run a command line. Errors become one sentence, a hint and an exit code."""
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import typer
 
-from mixlm.cli.errors import failed
-from mixlm.errors import UsageError
+from mixlm.errors import MixlmError, UsageError, close_matches
+from mixlm.terminal import visible
 
+INTERRUPTED = 130  # what a shell shows for SIGINT
+_PIPE_CLOSED = 141  # what a shell shows for SIGPIPE
+_OUT_OF_MEMORY = "use a smaller model, or --dtype bfloat16"
 _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -60,3 +64,80 @@ def _ended(code: int) -> int:
     except BrokenPipeError as error:
         return failed(error, ())
     return code
+
+
+def failed(error: BaseException, arguments: Sequence[str]) -> int:
+    """Report an error on stderr, and return its exit code."""
+    if isinstance(error, BrokenPipeError):
+        return _without_reader()
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--debug" in options:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        say("mixlm: interrupted")
+        return INTERRUPTED
+    message, hint, code = _explained(error, arguments)
+    say(f"mixlm: error: {message}")
+    if hint:
+        say(f"hint: {hint}")
+    return code
+
+
+def say(line: str) -> None:
+    """Write one line to stderr."""
+    if sys.stderr is not None:
+        print(visible(line), file=sys.stderr, flush=True)
+
+
+def _explained(error: BaseException, arguments: Sequence[str]) -> tuple[str, str | None, int]:
+    if isinstance(error, MixlmError):
+        hint = error.hint
+        if hint is None and isinstance(error, UsageError):
+            hint = _see_help(arguments)
+        return error.message, hint, error.exit_code
+    if isinstance(error, typer.TyperException):
+        return _usage(error, arguments)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory", _OUT_OF_MEMORY, 1
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"the system refused: {error.strerror}{where}", "--debug shows the traceback", 1
+    lines = str(error).strip().splitlines()
+    detail = f": {lines[0]}" if lines else ""
+    return f"unexpected {type(error).__name__}{detail}", "run again with --debug for the traceback", 1
+
+
+def _usage(error: typer.TyperException, arguments: Sequence[str]) -> tuple[str, str | None, int]:
+    """Explain a command line that the parser rejects."""
+    context: Any = getattr(error, "ctx", None)
+    see_help = f"see {context.command_path} --help" if context is not None else _see_help(arguments)
+    if hasattr(error, "possibilities") and (option := getattr(error, "option_name", None)):
+        known = (
+            [name for parameter in context.command.get_params(context) for name in parameter.opts] if context else []
+        )
+        # Compared without dashes, which would make all options similar.
+        close = close_matches(option.lstrip("-"), [name[2:] for name in known if name.startswith("--")])
+        hint = f"did you mean {' or '.join(f'--{name}' for name in close)}?" if close else see_help
+        return f"{context.command_path if context else 'mixlm'} has no option {option}", hint, error.exit_code
+    message = error.format_message().rstrip(".")
+    if "extra argument" in message:
+        return message[:1].lower() + message[1:], "put text with spaces in quotes", error.exit_code
+    # The parser joins its sentence and the validator's by a colon.
+    message = ": ".join(part[:1].lower() + part[1:] for part in message.split(": "))
+    return message, see_help, error.exit_code
+
+
+def _see_help(arguments: Sequence[str]) -> str:
+    command = arguments[0] if arguments and arguments[0].isalpha() else ""
+    return f"see {' '.join(['mixlm', command, '--help'] if command else ['mixlm', '--help'])}"
+
+
+def _without_reader() -> int:
+    """End quietly after the reader has closed the pipe: buffered output must not be flushed at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+    return _PIPE_CLOSED

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from mixlm.cli.display import PALETTE
+from mixlm.cli.display import member_colours
 from mixlm.cli.tables import print_table
 from mixlm.terminal import has_colours, styled, visible
 
@@ -66,7 +66,7 @@ def show_segments(report: Mapping[str, Any]) -> None:
         ]
         print_table(("bits", "member", "share", "text"), rows, right={"bits", "share"})
         return
-    codes = {name: f"38;5;{PALETTE[i % len(PALETTE)]}" for i, name in enumerate(names)}
+    codes = {name: f"38;5;{code}" for name, code in member_colours(names).items()}
     legend = "  ".join(styled(visible(name), codes[name], sys.stdout) for name in names)
     sys.stdout.write(f"{legend}  {styled(LEGEND, '2', sys.stdout)}\n\n")
     for segment in report["segments"]:

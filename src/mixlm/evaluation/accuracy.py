@@ -17,7 +17,6 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.choices import UnitName
 from mixlm.core.options import Options
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
@@ -144,10 +143,8 @@ def _from_logprobs(
     requests = build_requests(setup.task, setup.limit, None)
     log = response_log(setup.out / "readings.jsonl")
     options: dict[str, Any] = {**(setup.options or {}), "method": "mixture"}
-    router = ensemble.router if observed_by(ensemble.router) is not None else None
-    readable = Ensemble(
-        ensemble.members, unit=cast(UnitName, ensemble.unit.name), router=router, defaults=ensemble.defaults
-    )
+    observes = observed_by(ensemble.router) is not None
+    readable = ensemble if observes else ensemble.with_weights([1.0] * len(ensemble.members))  # so that all are read
     lm = EnsembleLM(readable, options=cast(Options, options), log=log, progress=setup.progress, label="reading")
     plain = lm.member_scores(requests)
     scores = RequestScores.of(plain, ensemble.names, ensemble.unit.name)
@@ -172,13 +169,7 @@ def _from_generation(
 ) -> WeightingAccuracy:
     name, router = way
     weights = _weights(router)
-    weighted = Ensemble(
-        ensemble.members,
-        (ensemble.weights if weights is None else weights).tolist(),
-        unit=cast(UnitName, ensemble.unit.name),
-        router=None if weights is not None else router,
-        defaults=ensemble.defaults,
-    )
+    weighted = ensemble.with_router(router) if weights is None else ensemble.with_weights(weights.tolist())
     # Ways of equal weights have one folder, whatever they are called.
     about = describe_router(router) if weights is None else " ".join(f"{weight:.6g}" for weight in weights)
     out = setup.out / "ways" / (about if weights is not None else hashlib.sha256(about.encode()).hexdigest()[:16])

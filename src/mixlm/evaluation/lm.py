@@ -18,9 +18,14 @@ from mixlm.core.options import GenerationOptions, Options
 from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.evaluation.contexts import RequestContext, generation_options, pack, unpack
-from mixlm.evaluation.likelihood import ContinuationScorer, context_ids, context_text
+from mixlm.evaluation.likelihood import (
+    ContinuationScorer,
+    RuleContinuationScorer,
+    context_ids,
+    context_text,
+    rule_settings,
+)
 from mixlm.evaluation.request_scores import scores_to_json
-from mixlm.evaluation.rule_likelihood import RuleContinuationScorer, rule_settings
 from mixlm.evaluation.run_folder import request_key, response_log
 from mixlm.generation.generation import Generation
 from mixlm.generation.prompt import EncodedPrompt

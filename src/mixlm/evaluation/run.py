@@ -24,8 +24,8 @@ from mixlm.errors import ConfigError, did_you_mean
 from mixlm.evaluation.catalog import load_tasks
 from mixlm.evaluation.contexts import generation_options, is_greedy, unpack
 from mixlm.evaluation.judging import build_requests, judge, to_scores
+from mixlm.evaluation.likelihood import rule_settings
 from mixlm.evaluation.results import Results, Score
-from mixlm.evaluation.rule_likelihood import rule_settings
 from mixlm.evaluation.run_folder import locked_folder, response_log, responses_path
 from mixlm.resumable_log import ResumableLog
 from mixlm.routing.base import describe_router

@@ -11,7 +11,7 @@ overhead of mixlm itself is not included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from statistics import median
@@ -190,10 +190,3 @@ def predict_speeds(
 
 def _per_second(seconds: float) -> float:
     return 1 / max(seconds, 1e-9)
-
-
-def with_measured_speeds(
-    speeds: Sequence[SpeedEstimate], measured: Mapping[tuple[str, tuple[str, ...]], float]
-) -> tuple[SpeedEstimate, ...]:
-    """Return the predictions with the measured speeds, which are by method and members."""
-    return tuple(replace(speed, measured=measured.get((speed.method, speed.members))) for speed in speeds)

@@ -11,7 +11,7 @@ from mixlm.engines.base import total_weight_bytes
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.inspection import static
-from mixlm.inspection.measure import measure_agreement, measure_costs, predict_speeds, with_measured_speeds
+from mixlm.inspection.measure import measure_agreement, measure_costs, predict_speeds
 from mixlm.inspection.report import Inspection
 from mixlm.inspection.rules import describe_rule, measure_rule
 from mixlm.scoring.passages import split_passages
@@ -108,7 +108,8 @@ def inspect(
             options=allowed,
             progress=progress,
         )
-        speeds = with_measured_speeds(speeds, {(run.method, run.members): run.tokens_per_second for run in report.runs})
+        measured = {(run.method, run.members): run.tokens_per_second for run in report.runs}
+        speeds = tuple(replace(speed, measured=measured.get((speed.method, speed.members))) for speed in speeds)
     text_bytes = 0 if inspection.unmeasured is not None else len(data)
     if inspection.rule is not None and not long:
         inspection = replace(inspection, rule=measure_rule(ensemble, inspection.rule, question, chosen))

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mixlm.tokenization.call_parser import overlap
+from mixlm.tokenization.tool_calls import overlap
 from mixlm.types import Token
 
 _Decoder = codecs.getincrementaldecoder("utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mixlm.tokenization.tool_calls import CALL_BEGIN, CALL_END, call_head
+from mixlm.tokenization.tool_calls import CALL_BEGIN, CALL_END, call_head, overlap
 from mixlm.types import ToolCall
 
 
@@ -114,8 +114,3 @@ def split_calls(text: str, names: Iterable[str]) -> tuple[str, tuple[ToolCall, .
             case ArgumentsPart():
                 calls[-1] = ToolCall(calls[-1].name, calls[-1].arguments + part.text)
     return content, tuple(calls)
-
-
-def overlap(text: str, mark: str) -> int:
-    """Return the length of the longest suffix of a text that is a proper prefix of a mark."""
-    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

@@ -38,6 +38,11 @@ def call_text(call: ToolCall) -> str:
     return f"{CALL_BEGIN}{call_head(call.name)}{call.arguments}{CALL_END}"
 
 
+def overlap(text: str, mark: str) -> int:
+    """Return the length of the longest suffix of a text that is a proper prefix of a mark."""
+    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)
+
+
 def tool_dict(tool: Tool) -> dict[str, Any]:
     """Return a tool as chat templates and OpenAI's API have it."""
     function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}

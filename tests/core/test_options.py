@@ -139,9 +139,9 @@ def test_options_accumulate():
     assert twice.max_tokens == 7
 
 
-def test_a_turn_has_the_same_seed_and_another_sequence():
-    turn = generation_options(seed=3, sequence=10).with_sequence_offset(2)
-    assert (turn.seed, turn.sequence) == (3, 12)
+def test_an_offset_has_the_same_seed_and_another_sequence():
+    moved = generation_options(seed=3, sequence=10).with_sequence_offset(2)
+    assert (moved.seed, moved.sequence) == (3, 12)
 
 
 @pytest.mark.parametrize("method", ["mixture", "conventional"])

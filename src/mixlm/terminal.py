@@ -77,12 +77,10 @@ class ProgressDisplay:
 
     Args:
         console: Where to write; stderr by default.
-        show: Whether to show anything.
     """
 
-    def __init__(self, console: Console | None = None, *, show: bool = True) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         self._given = console
-        self._show = show
 
     @property
     def _console(self) -> Console:
@@ -90,8 +88,7 @@ class ProgressDisplay:
 
     def line(self, text: str) -> None:
         """Show one line of text."""
-        if self._show:
-            self._console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, text: str, total: int | None = None, *, unit: str = "") -> Iterator[Stage]:
@@ -102,7 +99,7 @@ class ProgressDisplay:
             total: The number of steps; None if an update gives it later.
             unit: "bytes", "items", or "" for a bar without a count.
         """
-        if not self._show or not self._console.is_terminal:
+        if not self._console.is_terminal:
             self.line(text)
             yield Stage()
             return

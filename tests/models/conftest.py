@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ggufs import write_tiny_gguf
+from rich.console import Console
 
 from mixlm.models import convert, fetch
 from mixlm.models.catalog import CATALOG, CatalogModel, WheelFile
@@ -69,7 +70,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 
 @pytest.fixture
 def quiet() -> ProgressDisplay:
-    return ProgressDisplay(show=False)
+    return ProgressDisplay(Console(quiet=True))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mixlm.errors import ModelLoadError
 from mixlm.models.cache import (
@@ -103,7 +104,7 @@ def _install_in_a_process(start, built) -> None:
         return build(folders)
 
     start.wait()
-    install("m", counted, ProgressDisplay(show=False))
+    install("m", counted, ProgressDisplay(Console(quiet=True)))
 
 
 @pytest.mark.slow

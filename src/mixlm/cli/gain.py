@@ -72,7 +72,7 @@ def _show(report: GainReport) -> None:
             f"Gain: none. Fixed weights are not better than {report.best_member} alone; a router could save at most "
             f"{report.oracle_gain:.1f} %."
         ]
-    if report.cost is not None and report.tokens_per_second is not None:
+    if report.cost is not None:
         speeds = report.tokens_per_second
         lines.append(
             f"Cost: a token by mixture takes {report.cost:.2f} times as long as by {report.best_member} alone "

@@ -14,6 +14,8 @@ from mixlm.types import Floats, Ids
 # A member drafts by default where its weights take at most this share of the largest other member's.
 _MAX_RELATIVE_SIZE = 0.75
 
+_NGRAMS = (4, 3, 2)  # lengths of what is looked up
+
 
 class Draft:
     """Something that proposes symbols; this base class proposes nothing.
@@ -45,13 +47,10 @@ class LookupDraft(Draft):
 
     name = "lookup"
 
-    def __init__(self, max_ngram: int = 4, min_ngram: int = 2) -> None:
-        self._lengths = range(max_ngram, min_ngram - 1, -1)
-
     def propose(self, step: DecodeStep) -> int | None:
         """Look up the last tokens in the text."""
         view = step.views[step.noise.coin(step.weights)]
-        token = lookup_continuation(view.ids(), self._lengths)
+        token = lookup_continuation(view.ids(), _NGRAMS)
         symbol = -1 if token is None else view.symbol(token)
         return symbol if symbol >= 0 else None
 

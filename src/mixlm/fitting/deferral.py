@@ -184,7 +184,6 @@ def train_deferral(
     kind: GateKind = "linear",
     *,
     price: float = 0.0,
-    seed: int = 0,
     progress: OnEpoch | None = None,
 ) -> DeferralGate:
     """Train the gate that makes scored texts likely under the rule `defer`.
@@ -193,7 +192,6 @@ def train_deferral(
         scores: Texts scored by two members with one vocabulary, with the likely tokens of the first.
         kind: A linear gate, or one with an inner layer.
         price: What a forward of the second member costs, in nats: more of it, and more is kept.
-        seed: Of the batches and the inner layer.
         progress: Called with the epochs so far and the bits per byte of the validation text.
 
     Raises:
@@ -207,5 +205,5 @@ def train_deferral(
         return _Deferral(DeferralScores.of(concatenate(part)), price)
 
     objectives = (objective([part for part, _ in parts]), objective([part for _, part in parts]), objective(scores))
-    choice = train_with_validation(objectives, _START, kind, seed=seed, progress=progress)
+    choice = train_with_validation(objectives, _START, kind, progress=progress)
     return DeferralGate(choice.gate, scores[0].names)

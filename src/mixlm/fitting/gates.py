@@ -123,7 +123,6 @@ def train_gate(
     inputs: GateInputs,
     kind: GateKind = "linear",
     *,
-    seed: int = 0,
     progress: OnEpoch | None = None,
 ) -> GateFit:
     """Train a gate that makes scored texts likely.
@@ -132,7 +131,6 @@ def train_gate(
         scores: Texts scored by the same members, with what the gate observes.
         inputs: What it looks at.
         kind: A linear gate, or one with an inner layer of `WIDTH` tanh units.
-        seed: Of the batches and the inner layer.
         progress: Called with the epochs so far and the bits per byte of the validation text.
 
     Raises:
@@ -144,7 +142,7 @@ def train_gate(
     def stack(part: Scores) -> Array:
         return inputs.stack(context_features(part) if "text" in inputs.groups else None, part.observed)
 
-    choice = train_gate_on_inputs(scores, stack, kind, seed=seed, progress=progress)
+    choice = train_gate_on_inputs(scores, stack, kind, progress=progress)
     return GateFit(GateRouter(choice.gate, scores[0].names, inputs), choice)
 
 

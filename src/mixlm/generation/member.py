@@ -261,22 +261,21 @@ class MemberView:
         """Return the member's distribution over symbols from its logits for `ids()`, whole or filtered."""
         return self.bind_distribution()(logits)
 
-    def bind_distribution(
-        self, ids: Ids | None = None, text: bytes | None = None, *, normalize: bool = True
-    ) -> Callable[[LogitsRow], Candidates]:
+    def bind_distribution(self, *, normalize: bool = True) -> Callable[[LogitsRow], Candidates]:
         """Return `distribution` for the text as it is now, for logits that are known when it has grown.
 
-        Args:
-            ids, text: The member's tokens and the bytes of a prefix of the text, to bind that instead.
-            normalize: Whether it is to sum to 1; if not, it is in proportion.
+        normalize: whether it is to sum to 1; if not, it is in proportion.
         """
-        process, transform = self._bind_processor(ids), self.bind_transform(ids, text, normalize=normalize)
+        process, transform = self._bind_processor(), self.bind_transform(normalize=normalize)
         return transform if process is None else lambda logits: transform(process(logits))
 
     def bind_transform(
         self, ids: Ids | None = None, text: bytes | None = None, *, normalize: bool = True
     ) -> Callable[[LogitsRow], Candidates]:
-        """Return what `bind_distribution` does, for logits that `process` has changed."""
+        """Return what `bind_distribution` does, for logits that `process` has changed.
+
+        ids, text: the member's tokens and the bytes of a prefix of the text, to bind that instead.
+        """
         history, distribution = self._history(ids), partial(self.member.distribution, normalize=normalize)
         if self._matcher is None and history is None:
             return distribution

@@ -47,7 +47,7 @@ class GainReport:
         fixed: Bits per byte of the best fixed weights, fitted by EM.
         oracle: Bits per byte of the best member of each segment, which no weights reach.
         tokens_per_second: What one forward at a time predicts: of the best member alone, of the mixture with these
-            weights, and of running every member; None where no forward was timed.
+            weights, and of running every member.
     """
 
     bytes: int
@@ -58,7 +58,7 @@ class GainReport:
     equal: float
     fixed: float
     oracle: float
-    tokens_per_second: dict[str, float] | None = None
+    tokens_per_second: dict[str, float]
 
     @property
     def best(self) -> float:
@@ -92,7 +92,7 @@ class GainReport:
     @property
     def cost(self) -> float | None:
         """Seconds of a token by the mixture, over those of the best member alone; None where that is not predicted."""
-        speeds = self.tokens_per_second or {}
+        speeds = self.tokens_per_second
         return speeds["single"] / speeds["mixture"] if "mixture" in speeds else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,15 +106,12 @@ class GainReport:
         }
 
 
-def measure_gain(
-    ensemble: Ensemble, scores: Scores, *, measure: bool = True, progress: Progress | None = None
-) -> GainReport:
+def measure_gain(ensemble: Ensemble, scores: Scores, *, progress: Progress | None = None) -> GainReport:
     """Report what an ensemble could gain on a scored text.
 
     Args:
         ensemble: The ensemble.
         scores: The text's, by every member.
-        measure: Whether to time forward passes, for the cost.
         progress: Called with the progress.
 
     Raises:
@@ -130,14 +127,12 @@ def measure_gain(
         for i, name in enumerate(scores.names)
     )
     best = int(np.argmin(alone))
-    speeds = None
-    if measure:
-        costs = measure_costs(ensemble, scores.text[:_COST_BYTES], progress)
-        estimates = predict_speeds(ensemble.names, em, costs, ensemble.unit.traits)
-        speeds = {item.method: item.predicted for item in estimates if item.method != "single"}
-        speeds["single"] = next(
-            item.predicted for item in estimates if item.method == "single" and item.members == (scores.names[best],)
-        )
+    costs = measure_costs(ensemble, scores.text[:_COST_BYTES], progress)
+    estimates = predict_speeds(ensemble.names, em, costs, ensemble.unit.traits)
+    speeds = {item.method: item.predicted for item in estimates if item.method != "single"}
+    speeds["single"] = next(
+        item.predicted for item in estimates if item.method == "single" and item.members == (scores.names[best],)
+    )
     return GainReport(
         bytes=check.size,
         segments=len(check.ends),

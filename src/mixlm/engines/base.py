@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,13 +30,15 @@ from mixlm.engines.requests import (
     check_logits,
     to_response,
 )
-from mixlm.engines.spec import EngineSpec
 from mixlm.errors import PromptTooLongError, UnsupportedError, UsageError
 from mixlm.tokenization.incremental import Encoder
 from mixlm.tokenization.prompt_encoder import PromptEncoder
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Floats, HiddenStates, Ids, Logits, LogitsRows, Sampling, TopKFilter
 from mixlm.units.base import TokenBuffer
+
+if TYPE_CHECKING:
+    from mixlm.engines.registry import EngineSpec
 
 _LOGPROBS_CHUNK = 128  # positions
 
@@ -293,7 +295,7 @@ class Engine(ABC):
     @property
     def weight_parts(self) -> Mapping[Hashable, int]:
         """Bytes of each part of the weights by an identifying key: engines may have parts in common."""
-        return {id(self): self.weights_bytes}
+        return {self.batch_key: self.weights_bytes}
 
     @property
     def prefix_cache_parts(self) -> Mapping[Hashable, int]:

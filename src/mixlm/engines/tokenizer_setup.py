@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mixlm.engines.base import TextInterface
-from mixlm.engines.spec import EngineSpec
+from mixlm.engines.registry import EngineSpec
 from mixlm.errors import MixlmError, ModelLoadError, TemplateError, TokenizerError, memory_errors
 from mixlm.models.cache import read_info
 from mixlm.models.tokenizer_tables import parse_tokenizer

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.engines.base import Engine, Session, TextInterface
+from mixlm.engines.registry import EngineSpec
 from mixlm.engines.requests import AllowedIds, Forward
-from mixlm.engines.spec import EngineSpec
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRows, TopKFilter
 

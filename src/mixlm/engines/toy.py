@@ -11,8 +11,8 @@ import numpy as np
 
 from mixlm.core.sampling import Transform
 from mixlm.engines.base import Engine, Session, TextInterface
+from mixlm.engines.registry import EngineSpec
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
-from mixlm.engines.spec import EngineSpec
 from mixlm.errors import ConfigError, TokenizerError, UnsupportedError
 from mixlm.tokenization.incremental import Encoded
 from mixlm.tokenization.prompt_encoder import PLAIN_FORM, PromptEncoder, PromptForm

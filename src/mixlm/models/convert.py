@@ -91,7 +91,7 @@ def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | No
     return ensure_tokenizer(install(f"{file_name(path)}-{sha256[:12]}-{dtype}", build, display).path, path)
 
 
-def ensure_weights(folder: Path, display: ProgressDisplay | None = None) -> Path:
+def ensure_weights(folder: Path) -> Path:
     """Return a model's folder in the cache with weights that transformers can load.
 
     A model is fetched as a GGUF file; its weights are converted when an engine first needs them.
@@ -101,7 +101,7 @@ def ensure_weights(folder: Path, display: ProgressDisplay | None = None) -> Path
     """
     if (folder / "config.json").is_file() or not (folder / GGUF_FILE).is_file():
         return folder
-    display = display or ProgressDisplay()
+    display = ProgressDisplay()
     with locked(folder.name, display):
         if (folder / "config.json").is_file():
             return folder

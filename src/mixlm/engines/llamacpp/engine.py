@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +20,9 @@ import numpy as np
 from mixlm.engines.base import Session, TextInterface
 from mixlm.engines.batching import respond_in_threads
 from mixlm.engines.llamacpp.slots import Slots
+from mixlm.engines.registry import EngineSpec
 from mixlm.engines.remote.protocols import LlamaCppProtocol
 from mixlm.engines.requests import Request, Response
-from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.errors import ConfigError, EngineError, ModelLoadError, ModelNotFoundError, TokenizerError
@@ -115,11 +115,6 @@ class LlamaCppEngine(TopKOnlyEngine):
     def batch_key(self) -> int:
         """Equal for engines that differ in their prompts alone."""
         return id(self.server)
-
-    @property
-    def weight_parts(self) -> Mapping[Hashable, int]:
-        """Bytes of the file."""
-        return {id(self.server): self.weights_bytes}
 
     def session(self) -> LlamaCppSession:
         """Begin a sequence; it takes a slot at its first request."""

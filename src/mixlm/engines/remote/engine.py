@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from mixlm.engines.base import Session, TextInterface
-from mixlm.engines.registry import is_remote
+from mixlm.engines.registry import EngineSpec, is_remote
 from mixlm.engines.remote.endpoint import CandidatesResponse
 from mixlm.engines.remote.http_client import ApiKey, ClientLimits, EventLoopThread, HttpClient
 from mixlm.engines.remote.model_info import ModelInfo, read_model_info
@@ -37,7 +37,6 @@ from mixlm.engines.requests import (
     ScoreRequest,
     to_response,
 )
-from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TokenScores, TopKOnlyEngine, TopKOnlySession, TopTokensQuery
 from mixlm.errors import ConfigError, EngineError, RequestRefusedError

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixlm.engines.spec import EngineSpec
+from mixlm.engines.registry import EngineSpec
 from mixlm.engines.toy import WORD_TOKENS, toy_text
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.load_trial import load_runner

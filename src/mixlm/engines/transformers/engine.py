@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from mixlm.engines.base import Engine, Session, TextInterface
+from mixlm.engines.registry import EngineSpec
 from mixlm.engines.requests import ForwardRequest, Request, Response
-from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup, as_ids
 from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel

@@ -10,7 +10,7 @@ from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
-from mixlm.engines.spec import EngineSpec
+from mixlm.engines.registry import EngineSpec
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError, memory_errors
 from mixlm.models.resolve import resolve
 

@@ -10,7 +10,7 @@ from traceback import walk_tb
 from typing import Any
 
 from mixlm.choices import QUANTIZATIONS
-from mixlm.engines.spec import EngineSpec
+from mixlm.engines.registry import EngineSpec
 from mixlm.engines.tokenizer_setup import error_summary, remote_code_error
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, did_you_mean
 

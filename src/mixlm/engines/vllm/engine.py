@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,8 @@ import numpy as np
 
 from mixlm.engines.base import Session, TextInterface
 from mixlm.engines.batching import respond_in_threads
+from mixlm.engines.registry import EngineSpec
 from mixlm.engines.requests import GenerateRequest, GenerateResponse, Request, Response
-from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup, error_summary
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.engines.vllm.engine_thread import EngineThread, VllmBackend
@@ -99,11 +99,6 @@ class VllmEngine(TopKOnlyEngine):
     def batch_key(self) -> int:
         """Engines that differ in their prompts alone run as one."""
         return id(self.thread)
-
-    @property
-    def weight_parts(self) -> Mapping[Hashable, int]:
-        """Bytes of the model's files."""
-        return {id(self.thread): self.weights_bytes}
 
     def session(self) -> VllmSession:
         """Begin a sequence. vLLM keeps of it what its prefix cache holds."""

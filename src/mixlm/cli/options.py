@@ -12,14 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hin
 from typer import Option
 
 from mixlm.choices import DTYPES, GRAPHS, QUANTIZATIONS, UNITS
-from mixlm.core.options import OPTIONS, RULE_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
+from mixlm.core.options import (
+    AVERAGE_METHODS,
+    OPTIONS,
+    RULE_OPTIONS,
+    SAMPLING_OPTIONS,
+    GenerationOptions,
+    Options,
+    build_rule,
+    check_rule,
+    is_average,
+)
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError
 from mixlm.option_spec import OptionSpec
 from mixlm.types import Sampling
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig, MemberConfig
-    from mixlm.core.options import Options
 
 _DEFAULTS = {field.name: field.default for field in (*fields(Sampling), *fields(GenerationOptions))}
 
@@ -126,7 +135,7 @@ class Shared:
         options = {name: value for name, value in self.generation.items() if name not in _OF_ENSEMBLE}
         if "system" in options:
             options["system"] = options["system"] or None
-        return cast("Options", options)
+        return cast(Options, options)
 
     def config(self, *, dtype: str = "auto") -> EnsembleConfig:
         """Return the configuration of the ensemble, before anything is loaded.
@@ -238,7 +247,6 @@ def _with_rule(config: EnsembleConfig, options: Mapping[str, Any], method: str |
         ConfigError: There is no such rule, or no rule for the parameters.
     """
     from mixlm.config import CombinationConfig
-    from mixlm.core.rule_options import AVERAGE_METHODS, build_rule, check_rule, is_average
 
     base = {} if "rule" in options else config.rule_options()
     values = {**base, **options}

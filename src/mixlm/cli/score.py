@@ -24,7 +24,7 @@ from mixlm.cli.options import NOT_FOR_SCORING, Shared, flag, with_shared
 from mixlm.cli.page import page
 from mixlm.cli.segments import about_unit, show_segments
 from mixlm.cli.tables import print_lines, print_table
-from mixlm.core.options import RULE_OPTIONS
+from mixlm.core.options import RULE_OPTIONS, rule_as_dict
 from mixlm.errors import UsageError
 from mixlm.option_spec import OptionSpec
 
@@ -151,7 +151,6 @@ def _rule_report(
     arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the log-probability of all texts and answers under the rule of the ensemble."""
-    from mixlm.core.rule_options import rule_as_dict
     from mixlm.scoring.passages import answer_passages
     from mixlm.scoring.rule_scores import text_passages
 

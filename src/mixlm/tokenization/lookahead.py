@@ -286,7 +286,7 @@ def _escape_end(source: str, start: int) -> int:
     """Return where an escape that stands for one character ends. Raises UnprovableError for all others."""
     kind = source[start + 1 : start + 2]
     after = start + 2
-    if kind in ("p", "P", "x", "u") and (kind in "pP" or source.startswith("{", after) or kind in "xu"):
+    if kind in ("p", "P", "x", "u"):
         if source.startswith("{", after):
             end = source.find("}", after)
             if end < 0:

@@ -76,7 +76,8 @@ class ModelServer:
         self.protocol = self.identity.protocol
         self._endpoint = self.identity.endpoint
         slot_count = _slots_of(self.identity.info, self.protocol)
-        self._slots = None if slot_count is None else _SlotPool(slot_count)
+        self._slots = None if slot_count is None else Slots(slot_count)
+        self._idle_slots = asyncio.Semaphore(slot_count or 0)
 
     @classmethod
     async def probe(
@@ -192,34 +193,21 @@ class ModelServer:
 
     @asynccontextmanager
     async def _slot(self, session: Session, ids: Ids) -> AsyncIterator[int | None]:
-        """Hold a slot for a sequence where the server has slots; None where it has none."""
+        """Hold a slot of a llama.cpp server for a sequence while it runs `ids`; None where the server has none.
+
+        So the sequence finds its KV cache again. Left to itself, the server would put sequences with a common beginning
+        into one slot, in turn.
+        """
         if self._slots is None:
             yield None
-        else:
-            async with self._slots.hold(session, ids) as slot:
-                yield slot
-
-
-class _SlotPool:
-    """The slots of a llama.cpp server, so that a sequence finds its KV cache again.
-
-    Left to itself, the server would put sequences with a common beginning into one slot, in turn.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._slots = Slots(count)
-        self._capacity = asyncio.Semaphore(count)
-
-    @asynccontextmanager
-    async def hold(self, session: Session, ids: Ids) -> AsyncIterator[int]:
-        """Hold a slot for a sequence while it runs `ids`."""
-        async with self._capacity:
-            taken = self._slots.acquire(session, ids)
-            assert taken is not None  # no more are in use than there are
+            return
+        async with self._idle_slots:
+            slot = self._slots.acquire(session, ids)
+            assert slot is not None  # no more are in use than there are
             try:
-                yield taken[0]
+                yield slot[0]
             finally:
-                self._slots.release(taken[0])
+                self._slots.release(slot[0])
 
 
 def _slots_of(info: ModelInfo, protocol: ServerProtocol) -> int | None:

@@ -23,12 +23,7 @@ from mixlm.tokenization.chat_template import ChatTemplate
 from mixlm.tokenization.conversation import ConversationRenderer
 from mixlm.tokenization.incremental import TokenizerEncoder
 from mixlm.tokenization.prompt_encoder import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
-from mixlm.tokenization.tokenizer_folder import (
-    TOKENIZER_FILE,
-    FolderTokenizer,
-    read_json_object,
-    read_tokenizer,
-)
+from mixlm.tokenization.tokenizer_folder import TOKENIZER_FILE, FolderTokenizer, read_json_object, read_tokenizer
 from mixlm.tokenization.turn_tokens import PROBE, looks_like_control, text_after_response, turn_tokens
 from mixlm.tokenization.vocabulary import (
     TokenizerFamily,
@@ -63,12 +58,7 @@ class TokenizerSetup:
     with_template: Callable[[str], TokenizerSetup]
 
     @classmethod
-    def load(
-        cls,
-        source: str,
-        name: str,
-        trust_remote_code: bool = False,
-    ) -> TokenizerSetup:
+    def load(cls, source: str, name: str, trust_remote_code: bool = False) -> TokenizerSetup:
         """Load a tokenizer from a folder or a hub id.
 
         Args:

@@ -15,15 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, ModelNotFoundError, close_matches
-from mixlm.models.cache import (
-    GGUF_FILE,
-    TOKENIZER_VERSION,
-    ModelMetadata,
-    file_name,
-    read_info,
-    remembered,
-    write_info,
-)
+from mixlm.models.cache import GGUF_FILE, TOKENIZER_VERSION, ModelMetadata, file_name, read_info, remembered, write_info
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import GgufHeader, read_header, read_metadata
 from mixlm.models.install import BuildFolders, install, locked
@@ -76,8 +68,7 @@ def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | No
     """
     check_dtype(dtype)
     path = Path(path).expanduser().absolute()
-    if not path.is_file():
-        raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
+    check_gguf(path)
     display = display or ProgressDisplay()
     require_libraries()
     read_header(path)
@@ -167,13 +158,16 @@ def check_dtype(dtype: str) -> None:
         raise ConfigError(f"dtype {dtype!r} is not allowed; allowed: {', '.join(CONVERTED_DTYPES)}")
 
 
-def near_paths(path: Path) -> str | None:
-    """Return a hint for a missing `path`: similar names in its folder, or what the folder contains."""
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
-    entries = [entry.name for entry in path.parent.iterdir() if path.suffix == ".gguf" or entry.is_dir()]
-    close = close_matches(path.name, entries) or sorted(entry for entry in entries if entry.endswith(".gguf"))[:3]
-    return f"{path.parent} holds {', '.join(close)}" if close else None
+def check_gguf(path: Path) -> None:
+    """Raise ModelNotFoundError for a GGUF file that is not there, with similar names, or what its folder has."""
+    if path.is_file():
+        return
+    hint: str | None = f"there is no folder {path.parent}"
+    if path.parent.is_dir():
+        names = [entry.name for entry in path.parent.iterdir()]
+        close = close_matches(path.name, names) or sorted(name for name in names if name.endswith(".gguf"))[:3]
+        hint = f"{path.parent} holds {', '.join(close)}" if close else None
+    raise ModelNotFoundError(f"no GGUF file at {path}", hint)
 
 
 def _convert(path: Path, target: Path, dtype: str, header: GgufHeader, stage: Stage) -> None:

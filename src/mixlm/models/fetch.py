@@ -21,7 +21,7 @@ from pathlib import Path
 from mixlm.errors import DownloadError, MixlmError, ModelLoadError, ModelNotFoundError, did_you_mean
 from mixlm.models.cache import GGUF_FILE, InstalledModel, ModelMetadata, file_name, find, read_info
 from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel, WheelFile, expand
-from mixlm.models.convert import checksum, ensure_tokenizer, model_info, near_paths
+from mixlm.models.convert import check_gguf, checksum, ensure_tokenizer, model_info
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import read_header, read_metadata
 from mixlm.models.hub import check_hub, hub_file, hub_files
@@ -63,8 +63,7 @@ def fetch_models(name: str, display: ProgressDisplay | None = None) -> list[Inst
 
 def _install_gguf(path: Path, source: str, display: ProgressDisplay) -> InstalledModel:
     """Install a copy of a GGUF file under its own name."""
-    if not path.is_file():
-        raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
+    check_gguf(path)
     header = read_header(path)
     sha256 = checksum(path, display)
     name = file_name(path)

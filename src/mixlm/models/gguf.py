@@ -5,18 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixlm.errors import ModelNotFoundError
-from mixlm.models.cache import (
-    GGUF_FILE,
-    INFO_FILE,
-    ModelMetadata,
-    cache_root,
-    file_name,
-    find,
-    model_folder,
-    read_info,
-)
-from mixlm.models.convert import CONVERTED_DTYPES, checksum, ensure_tokenizer, model_info, near_paths
+from mixlm.models.cache import GGUF_FILE, INFO_FILE, ModelMetadata, cache_root, file_name, find, model_folder, read_info
+from mixlm.models.convert import CONVERTED_DTYPES, check_gguf, checksum, ensure_tokenizer, model_info
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import read_header, read_metadata
 from mixlm.models.install import BuildFolders, build_folder
@@ -65,8 +55,7 @@ def tokenizer_folder(model: GgufModel) -> Path:
     if model.folder is not None:
         return ensure_tokenizer(model.folder, model.path)
     path, display = model.path, ProgressDisplay()
-    if not path.is_file():
-        raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
+    check_gguf(path)
     header = read_header(path)
     sha256 = checksum(path, display)
     name = f"{file_name(path)}-{sha256[:12]}"

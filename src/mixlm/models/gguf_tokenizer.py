@@ -91,8 +91,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     **_names(PreTokenizer((_QWEN35,)), "qwen35"),
     **_names(PreTokenizer((r"\p{N}{1,3}", _CJK, _DEEPSEEK3)), "deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"),
     **_names(
-        PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[[一-龥ࠀ-一가-퟿]&&\S]+", r"\p{N}")),
-        "deepseek-coder",
+        PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[[一-龥ࠀ-一가-퟿]&&\S]+", r"\p{N}")), "deepseek-coder"
     ),
     **_names(PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")), "falcon"),
     **_names(PreTokenizer((" ?[^(\\s|.,!?…。，、।۔،)]+",)), "poro-chat", "bloom", "gpt3-finnish"),

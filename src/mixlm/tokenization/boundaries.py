@@ -15,14 +15,7 @@ from unicodedata import category
 import numpy as np
 
 from mixlm.tokenization.lookahead import PatternReach, UnprovableError
-from mixlm.tokenization.vocabulary import (
-    SPACE,
-    describe,
-    encode_text,
-    flatten_component,
-    load_component,
-    token_names,
-)
+from mixlm.tokenization.vocabulary import SPACE, describe, encode_text, flatten_component, load_component, token_names
 
 # The pattern of ByteLevel, GPT-2's, and that of Whitespace.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -76,11 +76,7 @@ class PromptEncoder:
     system: str | None = None
 
     def __init__(
-        self,
-        encoder: Encoder,
-        special_tokens: Mapping[str, int],
-        render: Render,
-        begin: Sequence[int] = (),
+        self, encoder: Encoder, special_tokens: Mapping[str, int], render: Render, begin: Sequence[int] = ()
     ) -> None:
         self._encoder = encoder
         self._special_tokens = dict(special_tokens)

@@ -246,10 +246,7 @@ def read_adapter(adapter: str) -> tuple[Any, dict[str, Any]]:
     # These change weights of the model itself, which its other engines share.
     if config.bias != "none" or config.modules_to_save:
         part = ", ".join(config.modules_to_save or ()) or "biases"
-        raise UnsupportedError(
-            f"the adapter {adapter} replaces {part} of the model, which other members share",
-            merge,
-        )
+        raise UnsupportedError(f"the adapter {adapter} replaces {part} of the model, which other members share", merge)
     config.inference_mode = True
     config.init_lora_weights = True  # the weights are loaded anyway
     return config, weights

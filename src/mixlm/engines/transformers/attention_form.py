@@ -25,11 +25,7 @@ class AttentionForm(NamedTuple):
     sinks: torch.Tensor | None = None
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Attend with the query heads that share a KV head stacked as further queries: nothing has to be repeated.
 
@@ -53,9 +49,6 @@ class AttentionForm(NamedTuple):
         if self.sinks is not None:
             sequences, heads, rows, _ = scores.shape
             column = self.sinks.float().view(heads, -1, 1).expand(-1, -1, rows * heads // self.sinks.numel())
-            scores = torch.cat(
-                [scores, column.reshape(heads, rows, 1).expand(sequences, -1, -1, -1)],
-                dim=3,
-            )
+            scores = torch.cat([scores, column.reshape(heads, rows, 1).expand(sequences, -1, -1, -1)], dim=3)
         weights = scores.softmax(dim=3)[..., : keys.shape[2]]
         return weights.to(values.dtype) @ values

@@ -36,11 +36,7 @@ def fixed_shapes(plain: ModelRunner, name: str, *, capture: bool) -> ModelRunner
     ids = self_test.sample_ids(vocabulary_size(plain.model))
     [expected] = plain.run_unfiltered([SequenceInput(HFSession(plain, 1 << 20), ids, 4)])
     fixed = ModelRunner(
-        loaded,
-        name,
-        ForwardPath.PACKED,
-        kernel=plain.kernel,
-        graphs=CudaGraphRunner(plain.model, capture=capture),
+        loaded, name, ForwardPath.PACKED, kernel=plain.kernel, graphs=CudaGraphRunner(plain.model, capture=capture)
     )
 
     def trial() -> Iterator[tuple[Logits, Logits]]:

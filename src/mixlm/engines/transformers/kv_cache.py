@@ -244,10 +244,7 @@ class KVCache:
     def copy_segment(self, start: int, end: int) -> Segment:
         """Return a copy of keys and values of the tokens from `start` to `end`."""
         layers = {} if self._buffer is None else self._buffer.layers
-        return Segment(
-            end - start,
-            {i: (k[:, start:end], v[:, start:end]) for i, (k, v) in layers.items()},
-        ).copy()
+        return Segment(end - start, {i: (k[:, start:end], v[:, start:end]) for i, (k, v) in layers.items()}).copy()
 
     def load(self, segments: Sequence[Segment], length: int) -> None:
         """Fill an empty cache with the `length` tokens of segments."""
@@ -297,12 +294,7 @@ def causal_mask(positions: torch.Tensor, keys: int, window: int | None) -> torch
 
 
 def attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *_: Any,
-    **options: Any,
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence of a forward pass's `attention_batch`. query: (1, heads, tokens, head dimension).
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.combinations.base import TOLERANCE, Aligned, Combination, Unreported
+from mixlm.core.combinations.base import TOLERANCE, Aligned, Combination, Unreported, align
 from mixlm.decoding.blocks import Position, draft_block, verify
 from mixlm.decoding.drafts import Draft
 from mixlm.decoding.reports import TokenReport, unreported
@@ -133,7 +133,7 @@ class RulePosition(Position):
 
     def known(self, rows: Sequence[int]) -> Aligned:
         """Return the distributions of these rows; the others are 0."""
-        return self.target.align({row: self.parts[self.members[row]] for row in rows}, len(self.members))
+        return align([self.parts[member] if row in rows else None for row, member in enumerate(self.members)])
 
     def unreported(self, rows: Sequence[int], known: Aligned) -> Unreported | None:
         """Return what these rows leave open; None for nothing."""

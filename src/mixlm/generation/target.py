@@ -85,10 +85,6 @@ class RuleTarget:
         """Return the rule's distribution as one over the unit's symbols."""
         return distribution
 
-    def align(self, parts: Mapping[int, Candidates], members: int) -> Aligned:
-        """Return the distributions of the members that ran, by row, over the union of their supports."""
-        return align([parts.get(row) for row in range(members)])
-
     def combine(
         self,
         members: Sequence[int],

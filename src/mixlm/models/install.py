@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from mixlm.errors import ModelLoadError, ModelNotFoundError, did_you_mean
@@ -23,14 +22,6 @@ from mixlm.models.cache import (
     write_info,
 )
 from mixlm.terminal import ProgressDisplay
-
-
-@dataclass(frozen=True)
-class BuildFolders:
-    """The folders in which a model is built; both are removed if the build fails."""
-
-    scratch: Path  # for temporary files
-    target: Path  # becomes the model's folder
 
 
 def remove(name: str, display: ProgressDisplay) -> InstalledModel:
@@ -54,14 +45,14 @@ def remove(name: str, display: ProgressDisplay) -> InstalledModel:
     return model
 
 
-def install(name: str, build: Callable[[BuildFolders], ModelMetadata], display: ProgressDisplay) -> InstalledModel:
+def install(name: str, build: Callable[[Path], ModelMetadata], display: ProgressDisplay) -> InstalledModel:
     """Return the model `name`; build it if it is not installed.
 
     If several processes need it at the same time, one builds it and the others wait.
 
     Args:
         name: The name of the model's folder in the cache.
-        build: Fills `target` with the model and returns the content of `mixlm.json`.
+        build: Fills a folder with the model and returns the content of `mixlm.json`.
         display: Shows if another process is building the model.
 
     Raises:
@@ -76,18 +67,17 @@ def install(name: str, build: Callable[[BuildFolders], ModelMetadata], display: 
     raise ModelLoadError(f"{folder} has a {INFO_FILE}, and no model", "move that folder elsewhere")
 
 
-def build_folder(folder: Path, build: Callable[[BuildFolders], ModelMetadata], display: ProgressDisplay) -> None:
+def build_folder(folder: Path, build: Callable[[Path], ModelMetadata], display: ProgressDisplay) -> None:
     """Build a folder of the cache, unless it is there: see `install`."""
     with _report_os_errors(), locked(folder.name, display):
         if read_info(folder) is not None:
             return
         if folder.exists():
             raise ModelLoadError(f"{folder} is in the way: mixlm did not create it", "move that folder elsewhere")
-        with _workspace(folder) as build_folders:
-            info = build(build_folders)
-            write_info(build_folders.target, info)
-            _set_modes(build_folders.target)
-            build_folders.target.rename(folder)
+        with _workspace(folder) as target:
+            write_info(target, build(target))
+            _set_modes(target)
+            target.rename(folder)
 
 
 @contextmanager
@@ -117,21 +107,17 @@ def locked(name: str, display: ProgressDisplay) -> Iterator[None]:
 
 
 @contextmanager
-def _workspace(folder: Path) -> Iterator[BuildFolders]:
-    """Create the folders of a build on the same disk as the folder that is built, so that a rename can finish it."""
+def _workspace(folder: Path) -> Iterator[Path]:
+    """Create a folder for a build on the same disk as the folder that is built, so that a rename can finish it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.building-"
     # The lock is held, so an earlier build of this name was killed.
     for left in folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(left, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        build = BuildFolders(work / "scratch", work / "target")
-        build.scratch.mkdir()
-        build.target.mkdir()
-        yield build
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as work:
+        target = Path(work, "target")
+        target.mkdir()
+        yield target
 
 
 def _set_modes(folder: Path) -> None:

@@ -18,10 +18,12 @@ from toys import (
     written,
 )
 
+from mixlm.core.combinations.average import Average
 from mixlm.core.rng import Noise
 from mixlm.decoding.greedy import greedy, greedy_single
 from mixlm.engines.requests import LogitsRequest
-from mixlm.generation.target import average_target
+from mixlm.errors import UnsupportedError
+from mixlm.generation.target import RuleTarget, average_target
 
 PLAIN = OPTIONS["plain"]
 
@@ -81,6 +83,31 @@ def test_members_are_asked_from_the_heaviest_on_until_the_rest_cannot_change_the
         ensemble = make_ensemble([fixed(distribution) for distribution in distributions], weights)
         _, rounds = chosen(ensemble)
         assert [request.member for [request] in rounds] == expected
+
+
+def test_members_that_do_not_run_are_not_looked_at():
+    class Recording(RuleTarget):
+        def distribution(self, step, member, *, normalize=True):
+            looked_at.append(member)
+            return super().distribution(step, member, normalize=normalize)
+
+    looked_at: list[int] = []
+    sure, unsure = fixed({b"a": 0.9, b"b": 0.1}), fixed({b"b": 0.5, b"c": 0.5})
+    ensemble = make_ensemble([sure, unsure, unsure], [0.8, 0.1, 0.1])
+    state = written(ensemble, {"method": "greedy"}, "ab", ())
+    driven(greedy(Recording(Average())), state, ensemble.weights, Noise(0))
+    assert looked_at == [0]
+
+
+@pytest.mark.parametrize("method", ["greedy", "layered"])
+def test_a_member_that_leaves_no_symbol_is_an_error_also_where_the_others_decide(method):
+    def forbid(ids, logits):
+        return np.full_like(logits, -np.inf)
+
+    others = [fixed({b"b": 1.0}), fixed({b"c": 1.0})]
+    ensemble = make_ensemble([fixed({b"a": 1.0}), *others], [0.4, 0.35, 0.25]).with_logits_processors({"m0": forbid})
+    with pytest.raises(UnsupportedError, match="m0 gives no probability"):
+        ensemble.generate("ab", raw=True, method=method, max_tokens=1, seed=0)
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -28,7 +28,7 @@ class Position(ABC):
     Attributes:
         step: The decode step.
         members: Those that take part.
-        ids: The tokens there of members that take part, or draft.
+        ids: The tokens there of members that are read.
         allowed: Which of their ids are allowed there, see `AllowedIds`.
         parts: What is known of the members that ran, by member.
         proposal: The symbol that the next position of the block stands behind.
@@ -47,12 +47,16 @@ class Position(ABC):
         self.choice: Choice | None = None
         self._filters: dict[int, TopKFilter | None] = {}
         for member in members:
-            self._read(member)
             if (row := step.observed_row(member)) is not None:
+                self.read(member)
                 self.receive(member, row)
 
+    def read(self, member: int) -> None:
+        """Keep what a request to a member says of the position; call it while the text ends there."""
+        if member not in self.ids:
+            self._read(member)
+
     def _read(self, member: int) -> None:
-        """Keep what requests to a member say of the position, while the text ends there."""
         view = self.step.views[member]
         self.ids[member], self.allowed[member] = view.ids().copy(), view.allowed_ids()  # the state goes on changing
         self._filters[member] = view.top_k_filter
@@ -87,8 +91,7 @@ class Position(ABC):
 
     def run(self, member: int) -> RequestFlow[None]:
         """Run a member, while the text ends at the position."""
-        if member not in self.ids:
-            self._read(member)
+        self.read(member)
         [rows] = yield [self.request(member)]
         self.receive(member, rows[0])
 
@@ -116,6 +119,9 @@ def draft_block(
     while current is not None and len(positions) < limit:
         position = position_at(current)
         positions.append(position)
+        if block or draft.member >= 0:  # the text may grow before all have run
+            for member in position.members:
+                position.read(member)
         may_propose = proposals < block and (draft.member in (-1, *position.members) or _can_run(current, draft.member))
         runs = draft.member >= 0 and position.choice is None and (may_propose or draft.member in position.needs())
         if runs and draft.member not in position.parts:
@@ -180,10 +186,11 @@ def _requests(waiting: Sequence[Position]) -> tuple[list[Request], list[list[Pos
     requests: list[Request] = []
     covered: list[list[Position]] = []
     for member in waiting[0].needs():
+        same = [position for position in waiting if member in position.needs()]
+        for position in same:
+            position.read(member)
         needed = waiting[0].top_k_filter(member)
-        same = [
-            position for position in waiting if member in position.needs() and position.top_k_filter(member) is needed
-        ]
+        same = [position for position in same if position.top_k_filter(member) is needed]
         for indices in prefix_groups([position.ids[member] for position in same]):
             group = [same[index] for index in indices]
             requests.append(group[-1].request(member, group[:-1]))

@@ -25,10 +25,12 @@ from mixlm.generation.target import RuleTarget, average_target
 
 def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     """Return the strategy, with a draft where the options name one."""
-    target = context.target or average_target()
+    target, together = context.target or average_target(), False
     if options.draft is not None:
         return greedy(target, build_draft(options.draft, context), options.block, context.speculation, together=True)
-    return greedy(target, together=len({*context.batch_keys}) == 1)  # then all members are one forward
+    if context.target is not None:
+        together = len({*context.batch_keys}) == 1  # then all members are one forward
+    return greedy(target, together=together)
 
 
 def greedy(

@@ -7,7 +7,7 @@ have run: one that ran early, as a draft does, is not looked at before its turn.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +42,9 @@ class RulePosition(Position):
             member: TokenReport(step.views[member].member) for member in members if step.views[member].member.is_partial
         }
         self._pending: set[int] = set()  # members that have to report more
-        self._distributions = target.distributions(step, normalize=False)
-        super().__init__(step, members)
+        self._distributions: dict[int, Callable[[LogitsRow], Candidates]] = {}
         self.target = target
+        super().__init__(step, members)
         self.weights = target.weights(step, members)
         self.stages: list[list[int]] = [list(range(len(members)))]  # rows, in the order in which they are looked at
         self._stage = 0
@@ -52,6 +52,10 @@ class RulePosition(Position):
         self._together = together
         self._decided: tuple[int, float, int] | None = None  # symbol, lower bound of its log-probability, row
         self._known_all: Aligned | None = None
+
+    def _read(self, member: int) -> None:
+        super()._read(member)
+        self._distributions[member] = self.target.distribution(self.step, member, normalize=False)
 
     def needs(self) -> Sequence[int]:
         """Return the members of the next stage that have not run, or all of them; or those that have to report more."""
@@ -66,9 +70,11 @@ class RulePosition(Position):
     def advance(self) -> None:
         """Look at one stage after another, as far as its members have run."""
         while self.choice is None and not self._pending and not self._missing(self.stages[self._stage]):
+            self._check_possible([self.members[row] for row in self.stages[self._stage]])
             self._stage += 1
             if self._stage == len(self.stages):
                 if all(report.is_whole for report in self.reports.values()):
+                    self._check_possible(self.members)
                     self._choose(self._all())
                 else:
                     self._decide_by_reports()
@@ -78,6 +84,12 @@ class RulePosition(Position):
                 if self._decided is not None and not self._complete:
                     symbol, logprob, row = self._decided
                     self.choice = Choice(self.target.symbol(self.step, symbol), self.members[row], logprob)
+
+    def _check_possible(self, members: Sequence[int]) -> None:
+        """Check that each of these has a distribution; one whose report has grown too little may have one."""
+        for member in members:
+            if (report := self.reports.get(member)) is None or report.is_whole:
+                self.step.views[member].check_possible(self.parts[member])
 
     def _decide_by_reports(self) -> None:
         """Choose what the reports of all members decide, or request more of them.
@@ -175,8 +187,6 @@ class RulePosition(Position):
         return [self.parts[member] for member in self.members]
 
     def _choose(self, parts: Sequence[Candidates]) -> None:
-        for member, part in zip(self.members, parts, strict=True):
-            self.step.views[member].check_possible(part)
         distribution = self.target.combine(self.members, parts, self.weights, self.known_all)
         if self._decided is None:
             symbol = self.decide_all(distribution)

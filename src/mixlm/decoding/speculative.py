@@ -72,8 +72,7 @@ class CoinPosition(Position):
 
     def run(self, member: int) -> RequestFlow[None]:
         """Sample from a member, which its engine may do on the device, or from what the router has observed of it."""
-        if member not in self.ids:
-            self._read(member)
+        self.read(member)
         if (row := self.step.observed_row(member)) is not None:
             return self.receive(member, row)
         ids, sample, allowed = self.ids[member], self._samplers[member], self.allowed[member]

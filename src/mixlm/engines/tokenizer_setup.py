@@ -58,7 +58,7 @@ class TokenizerSetup:
     with_template: Callable[[str], TokenizerSetup]
 
     @classmethod
-    def load(cls, source: str, name: str, trust_remote_code: bool = False) -> TokenizerSetup:
+    def load(cls, source: str, name: str, *, trust_remote_code: bool = False) -> TokenizerSetup:
         """Load a tokenizer from a folder or a hub id.
 
         Args:

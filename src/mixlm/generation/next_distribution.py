@@ -79,11 +79,13 @@ def ensemble_parts(step: DecodeStep, target: RuleTarget | None) -> RequestFlow[E
     """Run every member that takes part, and combine them. target: a combination rule's; None for the average."""
     members = step.weighted_members if target is None else target.members(step)
     weights = step.weights[members] if target is None else target.weights(step, members)
-    distributions = [view.bind_distribution() for view in step.views] if target is None else target.distributions(step)
+    distributions = [
+        step.views[i].bind_distribution() if target is None else target.distribution(step, i) for i in members
+    ]
     responses = yield [step.views[i].logits_request() for i in members]
     parts = [
-        step.views[i].check_possible(distributions[i](response[0]))
-        for i, response in zip(members, responses, strict=True)
+        step.views[i].check_possible(distribution(response[0]))
+        for i, distribution, response in zip(members, distributions, responses, strict=True)
     ]
     if target is None:
         return EnsembleParts(members, weights, parts, mix([*zip(weights.tolist(), parts, strict=True)]))

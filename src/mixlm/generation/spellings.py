@@ -48,10 +48,11 @@ class StringTarget(RuleTarget):
         self._member: Member | None = None
         self._union: StringUnion | None = None
 
-    def distributions(self, step: DecodeStep, *, normalize: bool = True) -> list[Callable[[LogitsRow], Candidates]]:
-        """Return each member's function from logits to its distribution over strings."""
-        union = self._strings(step)
-        return [_over_strings(view, strings) for view, strings in zip(step.views, union.strings_of, strict=True)]
+    def distribution(
+        self, step: DecodeStep, member: int, *, normalize: bool = True
+    ) -> Callable[[LogitsRow], Candidates]:
+        """Return a member's function from logits to its distribution over strings."""
+        return _over_strings(step.views[member], self._strings(step).strings_of[member])
 
     def symbol(self, step: DecodeStep, combined: int) -> int:
         """Return the symbol that a string stands for."""
@@ -88,12 +89,14 @@ class SpelledTarget(RuleTarget):
         self._member: Member | None = None
         self._spellings: TokenSpellings | None = None
 
-    def distributions(self, step: DecodeStep, *, normalize: bool = True) -> list[Callable[[LogitsRow], Candidates]]:
-        """Return each member's function from logits to its distribution."""
+    def distribution(
+        self, step: DecodeStep, member: int, *, normalize: bool = True
+    ) -> Callable[[LogitsRow], Candidates]:
+        """Return a member's function from logits to its distribution."""
         if self._member is not step.views[0].member:
             self._member = step.views[0].member
             self._spellings = TokenSpellings([view.member for view in step.views])
-        return super().distributions(step)
+        return super().distribution(step, member)
 
     def combine(
         self,

@@ -69,13 +69,15 @@ class RuleTarget:
         own: Floats = weights[rows] if self._roles is None else np.full(len(rows), 1 / len(rows))
         return rows, own / own.sum()
 
-    def distributions(self, step: DecodeStep, *, normalize: bool = True) -> list[Callable[[LogitsRow], Candidates]]:
-        """Return each member's function from logits for the text as it is now to what is combined.
+    def distribution(
+        self, step: DecodeStep, member: int, *, normalize: bool = True
+    ) -> Callable[[LogitsRow], Candidates]:
+        """Return a member's function from logits for the text as it is now to what is combined.
 
         normalize: whether it sums to 1 also where all that the rule takes are proportions.
         """
         normalize = normalize or not (self.rule.is_product and self.rule.shared_vocabulary)
-        return [view.bind_distribution(normalize=normalize) for view in step.views]
+        return step.views[member].bind_distribution(normalize=normalize)
 
     def symbol(self, step: DecodeStep, combined: int) -> int:
         """Return the unit's symbol for one that the rule combines."""
@@ -103,6 +105,11 @@ class RuleTarget:
         Raises:
             UnsupportedError: The rule is not defined for these.
         """
+        if len(parts) == 1:
+            from mixlm.core.combinations.average import Average
+
+            if isinstance(self.rule, Average):
+                return parts[0]
         if self.rule.is_product:
             symbols, rows = align_logprobs(parts)
             columns, logprobs = self.rule.from_logprobs(rows, weights)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mixlm.routing.gate_router import GateRouter
 
 
-_HINT = "train one with mixlm fit --router"
+_HINT = "train one with mixlm fit --router of this version"
 
 
 class LearnedRouter:

@@ -75,6 +75,8 @@ class ConversationRenderer:
                 return rendered
             return self._first_complete(with_instruction(messages, HOW_TO_CALL), form)
         except TemplateError:
+            if not form.tools and all(message.role != "tool" and not message.tool_calls for message in messages):
+                raise
             return self._first_complete(plain_messages(messages, form.tools), replace(form, tools=()))
 
     def _first_complete(self, messages: Sequence[Message], form: PromptForm) -> str:

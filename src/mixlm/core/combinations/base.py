@@ -148,7 +148,7 @@ class Combination(ABC):
     """A combination rule. The fields of its dataclass are its parameters, checked when it is built.
 
     Attributes:
-        name: Its name in the registry.
+        name: Its name, as options have it.
         common_options: Members contribute plain distributions, and temperature and truncation apply to the combination
             (`with_sampling`); all members need the same options.
         roles: What each member is, in the order of the rows, or () where members differ by weight only.

@@ -129,6 +129,14 @@ def test_options_change_the_average_that_is_looked_at():
     assert piece_of(ensemble, chosen(ensemble, {"top_k": 1})[0].symbol) == b"a"
 
 
+def test_with_a_draft_the_log_probability_is_the_average_s():
+    members = [fixed({b"a": 0.9, b"b": 0.1}), fixed({b"a": 0.5, b"b": 0.5})]
+    ensemble = make_ensemble(members, [0.8, 0.2])
+    for draft, expected in (("none", 0.72), ("m0", 0.82), ("m1", 0.82)):  # alone, the first member decides
+        completion = ensemble.generate("ab", raw=True, method="greedy", draft=draft, max_tokens=6)
+        assert np.allclose(np.exp([token.logprob for token in completion.tokens]), expected)
+
+
 @pytest.mark.parametrize("member", range(3))
 def test_one_member_alone_takes_its_own_most_likely_symbol(member):
     ensemble = toys("piece", 3)

@@ -26,7 +26,7 @@ from mixlm.generation.target import RuleTarget, average_target
 def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     """Return the strategy, with a draft where the options name one."""
     target, together = context.target or average_target(), False
-    if options.draft is not None:
+    if options.draft not in (None, "none"):
         return greedy(target, build_draft(options.draft, context), options.block, context.speculation, together=True)
     if context.target is not None:
         together = len({*context.batch_keys}) == 1  # then all members are one forward

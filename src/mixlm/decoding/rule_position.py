@@ -365,6 +365,8 @@ class GreedyPosition(RulePosition):
         super().__init__(step, target, complete=checks_bounds(target.rule, step.noise.position), together=together)
         if target.has_bounds:
             self.stages = [[int(row)] for row in np.argsort(-self.weights, kind="stable")]
+        if together and not self.reports:  # all run, so the log-probability can be the rule's, and no bound
+            self._complete = True
 
     def guess(self, member: int) -> int | None:
         """Return the member's most likely symbol."""

@@ -192,7 +192,7 @@ def test_a_failing_engine_ends_its_completion_and_no_other(caplog):
             plain = session.forward
 
             def forward(ids, last):
-                if len(session._context) + len(ids) > 60:
+                if session.num_cached + len(ids) > 60:
                     raise self.error
                 return plain(ids, last)
 

@@ -498,7 +498,7 @@ def test_connections_that_are_made_together_are_checked_together(fake, folder):
     fake.stop()
     fake.start()
     before = len(fake.requests)
-    fake.faults, fake.delay = ["slow"] * 5, 0.5
+    fake.faults, fake.delay = ["slow"] * 10, 0.5  # checks too: meanwhile the other responses arrive
     remote.respond([(remote.session(), LogitsRequest(0, np.append(prompt, i))) for i in range(5)])
     assert len(fake.requests) - before < 5 + 5  # the requests, and fewer checks of the model than connections
     fake.stop()

@@ -19,6 +19,7 @@ def test_the_time_of_a_schema_is_that_of_all_vocabularies_and_sources(monkeypatc
         CompileLimits(max_chars=9, timeout=2.0, num_vocabularies=4)("{}")
 
 
+@pytest.mark.slow
 def test_the_start_of_the_process_is_not_the_time_of_a_schema(monkeypatch, tmp_path):
     slow = tmp_path / "slow.py"
     worker = str(grammar_check._WORKER)

@@ -491,6 +491,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_generation(process, file, en
     assert [token.data for token in tokens] == [token.data for token in whole.tokens][: len(tokens)]
 
 
+@pytest.mark.slow
 def test_connections_that_are_made_together_are_checked_together(fake, folder):
     remote = RemoteEngine(EngineSpec(fake.url, ""), folder, ClientLimits(connect=5, response=5, connections=5))
     prompt = np.array([3, 4, 5])

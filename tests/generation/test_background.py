@@ -47,26 +47,37 @@ def test_it_returns_what_generate_returns(pair):
 
 
 def test_tokens_come_one_by_one_and_the_event_loop_goes_on(pair):
-    async def read() -> tuple[list[str], str, int]:
-        ticks, texts = 0, []
+    """Each forward pass waits for the event loop, which so has to go on meanwhile."""
+    ticked, waited = threading.Event(), []
+    for member in pair.members:
+        respond = member.engine.respond
 
+        def after_a_tick(requests, respond=respond):
+            ticked.clear()
+            waited.append(ticked.wait(30))
+            return respond(requests)
+
+        member.engine.respond = after_a_tick
+
+    async def read() -> tuple[list[str], str]:
         async def tick() -> None:
-            nonlocal ticks
             while True:
-                ticks += 1
+                ticked.set()
                 await asyncio.sleep(0)
 
         ticking = asyncio.create_task(tick())
         generation = pair.astream("the river", **OPTIONS)
-        async for token in generation:
-            texts.append(token.text)
+        texts = [token.text async for token in generation]
         ticking.cancel()
-        return texts, generation.completion.text, ticks
+        return texts, generation.completion.text
 
-    texts, text, ticks = run(read())
+    texts, text = run(read())
+    assert len(waited) >= 8
+    assert all(waited)
+    for member in pair.members:
+        del member.engine.respond
     assert "".join(texts) == text == pair.generate("the river", **OPTIONS).text
     assert len(texts) == 8
-    assert ticks > 8
 
 
 def test_calls_in_progress_are_batched(pair):

@@ -20,16 +20,8 @@ from mixlm.binding import MemberSpec
 from mixlm.choices import DType, Graphs, Method, Quantization, UnitName
 from mixlm.config import EnsembleConfig, MemberConfig, RouterConfig, parse_config
 from mixlm.core.mixing import normalized_weights
-from mixlm.core.options import (
-    AVERAGE_METHODS,
-    OPTIONS,
-    RULE_PARAMETERS,
-    SAMPLING_OPTIONS,
-    AnyRule,
-    GenerationOptions,
-    is_average,
-    rule_name,
-)
+from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions
+from mixlm.core.rule_options import AVERAGE_METHODS, RULE_PARAMETERS, AnyRule, is_average, rule_name
 from mixlm.engines import Engine, EngineSpec, check_engine, runs_as_gguf
 from mixlm.engines import load as load_engine
 from mixlm.engines.registry import LOADING_OPTIONS

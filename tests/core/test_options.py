@@ -10,7 +10,8 @@ from mixlm.cli.options import generation_option, with_shared
 from mixlm.config import SamplingConfig
 from mixlm.core.combinations import combination
 from mixlm.core.combinations.defer import Defer
-from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions, Options, rule_as_dict
+from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions, Options
+from mixlm.core.rule_options import rule_as_dict
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.server.request_schemas import CommonFields, Extras
 from mixlm.types import Sampling

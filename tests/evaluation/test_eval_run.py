@@ -13,7 +13,8 @@ from small_tasks import QUESTIONS, toys
 from mixlm.core.combinations import COMBINATIONS, Combination, combination
 from mixlm.core.combinations.defer import Defer
 from mixlm.core.combinations.geometric import Geometric
-from mixlm.core.options import GenerationOptions, rule_name
+from mixlm.core.options import GenerationOptions
+from mixlm.core.rule_options import rule_name
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.evaluation import evaluate

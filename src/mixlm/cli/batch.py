@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 from mixlm.cli.display import dim, engines_by_member, print_json
 from mixlm.cli.inputs import STDIN, check_writable, json_lines, line_error, read_texts
 from mixlm.cli.options import Shared, check_counts
-from mixlm.core.options import OPTIONS, Options, rule_as_dict
+from mixlm.core.options import OPTIONS, Options
+from mixlm.core.rule_options import rule_as_dict
 from mixlm.errors import ConfigError, UsageError, did_you_mean
 from mixlm.resumable_log import ResumableLog, exclusive
 from mixlm.terminal import progress_bars

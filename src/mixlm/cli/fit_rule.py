@@ -82,7 +82,7 @@ def fit_rule(
             f"{shared.ensemble} has a trained gate, and mixlm fit finds the strength of a threshold",
             "add --router FILE to train a gate, or --rule defer for a threshold in its place",
         )
-    from mixlm.core.options import build_rule
+    from mixlm.core.rule_options import build_rule
     from mixlm.fitting.rule_strength import check_fittable, fit_strength
     from mixlm.scoring.rule_scores import text_passages
 

@@ -12,17 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hin
 from typer import Option
 
 from mixlm.choices import DTYPES, GRAPHS, QUANTIZATIONS, UNITS
-from mixlm.core.options import (
-    AVERAGE_METHODS,
-    OPTIONS,
-    RULE_OPTIONS,
-    SAMPLING_OPTIONS,
-    GenerationOptions,
-    Options,
-    build_rule,
-    check_rule,
-    is_average,
-)
+from mixlm.core.options import OPTIONS, RULE_OPTIONS, SAMPLING_OPTIONS, GenerationOptions, Options
+from mixlm.core.rule_options import AVERAGE_METHODS, build_rule, check_rule, is_average
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError
 from mixlm.option_spec import OptionSpec
 from mixlm.types import Sampling

@@ -23,7 +23,8 @@ from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import NOT_FOR_SCORING, Shared, flag, with_shared
 from mixlm.cli.segments import about_unit, page, show_segments
 from mixlm.cli.tables import print_lines, print_table
-from mixlm.core.options import RULE_OPTIONS, rule_as_dict
+from mixlm.core.options import RULE_OPTIONS
+from mixlm.core.rule_options import rule_as_dict
 from mixlm.errors import UsageError
 from mixlm.option_spec import OptionSpec
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixlm.core.options import AnyRule, GenerationOptions, check_whole_tokens
+from mixlm.core.options import GenerationOptions
+from mixlm.core.rule_options import AnyRule, check_whole_tokens
 from mixlm.engines.requests import Forward
 from mixlm.errors import UnsupportedError
 from mixlm.generation.sequence import SpeculationStats, Strategy

@@ -25,11 +25,11 @@ from mixlm.generation.target import RuleTarget, average_target
 
 def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     """Return the strategy, with a draft where the options name one."""
-    target, together = context.target or average_target(), False
+    target = context.target or average_target()
     if options.draft not in (None, "none"):
         return greedy(target, build_draft(options.draft, context), options.block, context.speculation, together=True)
-    if context.target is not None:
-        together = len({*context.batch_keys}) == 1  # then all members are one forward
+    # One forward for all members; of the average, the heaviest may decide alone.
+    together = context.target is not None and len({*context.batch_keys}) == 1
     return greedy(target, together=together)
 
 

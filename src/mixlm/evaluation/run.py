@@ -17,7 +17,8 @@ from typing import Any, TypedDict, Unpack, cast
 import numpy as np
 
 from mixlm.choices import METHODS
-from mixlm.core.options import Options, is_average, rule_as_dict, without_rule
+from mixlm.core.options import Options, without_rule
+from mixlm.core.rule_options import is_average, rule_as_dict
 from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.evaluation.catalog import load_tasks

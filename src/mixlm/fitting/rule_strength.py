@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mixlm.core.combinations import Combination
-from mixlm.core.options import build_rule, rule_name
+from mixlm.core.rule_options import build_rule, rule_name
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.fitting.likelihood import simplex

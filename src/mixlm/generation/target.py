@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mixlm.core.combinations.base import Aligned, Combination, align, align_logprobs, is_plain
-from mixlm.core.options import GenerationOptions, build_rule, check_whole_tokens
+from mixlm.core.options import GenerationOptions
+from mixlm.core.rule_options import build_rule, check_whole_tokens
 from mixlm.core.sampling import ReportTransform, Transform
 from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError, EngineError, UnsupportedError, did_you_mean

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mixlm.core.combinations.base import Combination
-from mixlm.core.options import rule_as_dict
+from mixlm.core.rule_options import rule_as_dict
 from mixlm.decoding.layered import has_envelope
 from mixlm.ensemble import Ensemble
 from mixlm.generation.target import assign_roles

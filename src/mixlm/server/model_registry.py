@@ -11,7 +11,8 @@ from typing import Any
 
 from mixlm.choices import METHODS, UNITS, Method, UnitName
 from mixlm.core.combinations import ALIASES, COMBINATIONS, combination_class
-from mixlm.core.options import OPTIONS, RULE_PARAMETERS, is_average, rule_as_dict, rule_name
+from mixlm.core.options import OPTIONS
+from mixlm.core.rule_options import RULE_PARAMETERS, is_average, rule_as_dict, rule_name
 from mixlm.ensemble import Ensemble
 from mixlm.routing.base import FixedRouter, observed_by
 from mixlm.server.api_errors import ApiError, unsupported_field

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mixlm.choices import Method
-from mixlm.core.options import GenerationOptions, rule_name
+from mixlm.core.options import GenerationOptions
+from mixlm.core.rule_options import rule_name
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, MixlmError
 from mixlm.generation.prompt import Prompt, unknown_template_variables

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from inspect import signature
 from numbers import Real
 from typing import Any, Literal
@@ -123,9 +124,28 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, Real) else repr(value)
 
 
-def option(default: Any = MISSING, *, default_factory: Any = MISSING, **spec: Any) -> Any:
-    """Return a dataclass field with an `OptionSpec` of the keywords `spec`."""
-    return field(default=default, default_factory=default_factory, metadata={"option": OptionSpec(**spec)})
+def option(
+    default: Any = MISSING, help: str = "", *, default_factory: Any = MISSING, off: float | None = None, **spec: Any
+) -> Any:
+    """Return a dataclass field with an `OptionSpec`.
+
+    Args:
+        default: The default.
+        help: What it does.
+        default_factory: In place of a default.
+        off: The value with which it does nothing.
+        spec: Further keywords of `OptionSpec`.
+    """
+    if off is not None:
+        spec["note"] = f"{off:g} is off"
+        help = f"{help}; {spec['note']}."
+    return field(default=default, default_factory=default_factory, metadata={"option": OptionSpec(help=help, **spec)})
+
+
+# Fields whose options commands share, by their headings in `--help`.
+ensemble_option = partial(option, panel="Ensemble", metavar="NAME", http="mixlm")
+sampling_option = partial(option, panel="Sampling", metavar="X")
+generation_option = partial(option, panel="Generation", metavar="N")
 
 
 def specs(record: Any) -> dict[str, OptionSpec]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.option_spec import check_options, option
+from mixlm.option_spec import check_options, sampling_option
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
@@ -134,75 +134,44 @@ class Sampling:
         ConfigError: A value is out of range.
     """
 
-    repetition_penalty: float = option(
-        1.0,
-        help="Penalize tokens of the prompt and the completion; 1 is off.",
-        panel="Sampling",
-        metavar="X",
-        http="mixlm",
-        minimum=1e-6,
-        maximum=1e6,
-        note="1 is off",
+    repetition_penalty: float = sampling_option(
+        1.0, "Penalize tokens of the prompt and the completion", http="mixlm", minimum=1e-6, maximum=1e6, off=1
     )
-    presence_penalty: float = option(
-        0.0,
-        help="Penalize each token of the completion once; 0 is off.",
-        panel="Sampling",
-        metavar="X",
-        http="openai",
-        minimum=-100,
-        maximum=100,
-        note="0 is off",
+    presence_penalty: float = sampling_option(
+        0.0, "Penalize each token of the completion once", http="openai", minimum=-100, maximum=100, off=0
     )
-    frequency_penalty: float = option(
-        0.0,
-        help="Penalize each token of the completion, per occurrence; 0 is off.",
-        panel="Sampling",
-        metavar="X",
-        http="openai",
-        minimum=-100,
-        maximum=100,
-        note="0 is off",
+    frequency_penalty: float = sampling_option(
+        0.0, "Penalize each token of the completion, per occurrence", http="openai", minimum=-100, maximum=100, off=0
     )
-    temperature: float = option(
+    temperature: float = sampling_option(
         0.7,
-        help="Divide the logits by T; 0 is for greedy and single.",
-        panel="Sampling",
+        "Divide the logits by T; 0 is for greedy and single.",
         metavar="T",
         http="openai",
         minimum=0,
         least_positive=1e-30,  # below it, float32 overflows
         note="1 leaves the distribution as it is",
     )
-    top_k: int = option(
-        20,
-        help="Keep the K most likely tokens; 0 is off.",
-        panel="Sampling",
-        metavar="K",
-        http="mixlm",
-        whole=True,
-        minimum=0,
-        note="0 is off",
+    top_k: int = sampling_option(
+        20, "Keep the K most likely tokens", metavar="K", http="mixlm", whole=True, minimum=0, off=0
     )
-    top_p: float = option(
+    top_p: float = sampling_option(
         1.0,
-        help="Keep the most likely tokens with total probability P; 1 is off.",
-        panel="Sampling",
+        "Keep the most likely tokens with total probability P",
         metavar="P",
         http="openai",
         above=0,
         maximum=1,
-        note="1 is off",
+        off=1,
     )
-    min_p: float = option(
+    min_p: float = sampling_option(
         0.0,
-        help="Keep tokens of at least P times the probability of the most likely one; 0 is off.",
-        panel="Sampling",
+        "Keep tokens of at least P times the probability of the most likely one",
         metavar="P",
         http="mixlm",
         minimum=0,
         maximum=1,
-        note="0 is off",
+        off=0,
     )
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ from mixlm.core.rule_options import (
     rule_name,
 )
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
-from mixlm.option_spec import OptionSpec, check_options, option, specs
+from mixlm.option_spec import OptionSpec, check_options, ensemble_option, generation_option, option, specs
 from mixlm.types import PLAIN_SAMPLING, Sampling, Tool
 
 if TYPE_CHECKING:
@@ -141,123 +141,73 @@ class GenerationOptions:
     `sampling` has the options of `Sampling` that are given for every member, by name.
     """
 
-    method: Method = option(
-        "mixture", help="the decoding method", panel="Ensemble", metavar="NAME", http="mixlm", choices=METHODS
-    )
+    method: Method = ensemble_option("mixture", "the decoding method", choices=METHODS)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     mix_then_truncate: bool = option(
-        False,
-        help="Another name of --rule mean-then-truncate.",
-        panel="Sampling",
-        http="mixlm",
+        False, "Another name of --rule mean-then-truncate.", panel="Sampling", http="mixlm"
     )
-    rule: AnyRule | None = option(
-        None,
-        help="how the members' distributions are combined",
-        default_text="average",
-        panel="Ensemble",
-        metavar="NAME",
-        http="mixlm",
-        choices=RULES,
+    rule: AnyRule | None = ensemble_option(
+        None, "how the members' distributions are combined", default_text="average", choices=RULES
     )
-    strength: float | None = option(
+    strength: float | None = ensemble_option(
         None,
-        help="How much the rules geometric, power, contrastive, proxy, guidance and defer change.",
+        "How much the rules geometric, power, contrastive, proxy, guidance and defer change.",
         default_text="that of the rule",
-        panel="Ensemble",
         metavar="X",
-        http="mixlm",
         minimum=-1e6,
         maximum=1e6,
     )
-    alpha: float | None = option(
+    alpha: float | None = ensemble_option(
         None,
-        help="For contrastive: tokens of at least this share of the likeliest one's probability are plausible.",
+        "For contrastive: tokens of at least this share of the likeliest one's probability are plausible.",
         default_text="0.1",
-        panel="Ensemble",
         metavar="X",
-        http="mixlm",
         minimum=0,
         maximum=1,
     )
-    form: str | None = option(
-        None,
-        help="for contrastive, which published formula",
-        default_text="weighted",
-        panel="Ensemble",
-        metavar="NAME",
-        http="mixlm",
-        choices=CONTRASTIVE_FORMS,
+    form: str | None = ensemble_option(
+        None, "for contrastive, which published formula", default_text="weighted", choices=CONTRASTIVE_FORMS
     )
-    by: str | None = option(
-        None,
-        help="for defer, what is compared with the strength",
-        default_text="top",
-        panel="Ensemble",
-        metavar="NAME",
-        http="mixlm",
-        choices=DEFER_BY,
+    by: str | None = ensemble_option(
+        None, "for defer, what is compared with the strength", default_text="top", choices=DEFER_BY
     )
-    max_tokens: int = option(
-        256,
-        help="Generate at most N tokens.",
-        panel="Generation",
-        metavar="N",
-        http="openai",
-        whole=True,
-        minimum=1,
+    max_tokens: int = generation_option(256, "Generate at most N tokens.", http="openai", whole=True, minimum=1)
+    stop: tuple[str, ...] = generation_option(
+        (), "End the completion before TEXT. Repeatable.", metavar="TEXT", http="openai"
     )
-    stop: tuple[str, ...] = option(
-        (), help="End the completion before TEXT. Repeatable.", panel="Generation", metavar="TEXT", http="openai"
-    )
-    seed: int = option(
-        default_factory=lambda: secrets.randbits(32),
+    seed: int = generation_option(
         help="The same seed gives the same text.",
+        default_factory=lambda: secrets.randbits(32),
         default_text="random",
-        panel="Generation",
-        metavar="N",
         http="openai",
         whole=True,
         minimum=0,
     )
-    draft: str | None = option(
+    draft: str | None = generation_option(
         None,
-        help="What drafts in speculative, layered and greedy: a member's name, lookup, or none.",
+        "What drafts in speculative, layered and greedy: a member's name, lookup, or none.",
         default_text="the cheapest member in speculative, lookup if none is clearly cheaper",
-        panel="Generation",
         metavar="NAME",
         http="mixlm",
     )
-    block: int = option(
-        4,
-        help="Tokens drafted and verified at once.",
-        panel="Generation",
-        metavar="N",
-        http="mixlm",
-        whole=True,
-        minimum=1,
+    block: int = generation_option(4, "Tokens drafted and verified at once.", http="mixlm", whole=True, minimum=1)
+    on_failure: OnFailure = generation_option(
+        "error", "what to do when a member stops responding", metavar="NAME", choices=ON_FAILURE
     )
-    on_failure: OnFailure = option(
-        "error",
-        help="what to do when a member stops responding",
-        panel="Generation",
-        metavar="NAME",
-        choices=ON_FAILURE,
-    )
-    system: str | None = option(None, help="A system message.", panel="Generation", metavar="TEXT")
+    system: str | None = generation_option(None, "A system message.", metavar="TEXT")
     sequence: int = option(0, whole=True, minimum=0)
     raw: bool = option(False)
     ignore_end: bool = option(False)
     top_logprobs: int = option(0, whole=True, minimum=0)
     logprobs_of: LogprobsOf = option(
         "member",
-        help="log-probabilities of the sampled member's distribution, or of the average or the rule (ensemble, which"
-        " runs every member)",
+        "log-probabilities of the sampled member's distribution, or of the average or the rule (ensemble, which runs "
+        "every member)",
         http="mixlm",
         choices=LOGPROBS_OF,
     )
     logit_bias: Mapping[str | int, float] = option(
-        default_factory=dict, help="Bias by a token's text, digits too.", http="mixlm"
+        help="Bias by a token's text, digits too.", default_factory=dict, http="mixlm"
     )
     json_schema: Mapping[str, Any] | None = option(None)
     tools: tuple[Tool, ...] = option(())
@@ -266,15 +216,7 @@ class GenerationOptions:
     chat_template_kwargs: Mapping[str, Any] = option(default_factory=dict)
     add_generation_prompt: bool = option(True)
     continue_final_message: bool = option(False)
-    min_tokens: int = option(
-        0,
-        help="Generate at least N tokens.",
-        panel="Generation",
-        metavar="N",
-        http="openai",
-        whole=True,
-        minimum=0,
-    )
+    min_tokens: int = generation_option(0, "Generate at least N tokens.", http="openai", whole=True, minimum=0)
     score_prompt: bool = option(False)
 
     def __post_init__(self) -> None:
@@ -351,13 +293,13 @@ class GenerationOptions:
                 )
             object.__setattr__(self, "rule", "mean-then-truncate")
             object.__setattr__(self, "mix_then_truncate", False)
-        if self.rule is not None:
-            check_rule(self.rule)
-            build_rule(self.rule, self.rule_parameters)
-        if self.rule is None or is_average(self.rule):
-            if self.rule is None and self.rule_parameters:
-                name = next(iter(self.rule_parameters))
+        if self.rule is None:
+            for name in self.rule_parameters:
                 raise ConfigError(f"{name} is given without a rule, and the average has none", "name a rule too")
+            return
+        check_rule(self.rule)
+        build_rule(self.rule, self.rule_parameters)
+        if is_average(self.rule):
             object.__setattr__(self, "rule", None)
         else:
             check_rule_method(self.rule, self.method)
@@ -395,12 +337,13 @@ class GenerationOptions:
         if "tools" in values:
             values["tools"] = checked_tools(values["tools"] or ())
         values.setdefault("seed", secrets.randbits(32))
-        rule: Any = "mean-then-truncate" if values.get("mix_then_truncate") else values.get("rule", self.rule)
+        if values.get("mix_then_truncate") and values.get("rule") is None:
+            values["rule"] = "mean-then-truncate"
+        rule: Any = values.get("rule", self.rule)
         if rule is not self.rule and rule != self.rule:
             # The parameters are those of the other rule.
             values = {**dict.fromkeys(RULE_PARAMETERS), **values}
-        is_given = "rule" in values or values.get("mix_then_truncate")
-        if values.get("method", self.method) == "single" and is_given and not is_average(rule):
+        if values.get("method", self.method) == "single" and "rule" in values and not is_average(rule):
             raise ConfigError(
                 f"rule is {rule_name(rule)}, and method single samples one member without a rule", "leave one out"
             )

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from toys import END, SHARED, engine, fixed, make_ensemble, toys
 
 from mixlm.binding import MemberSpec
+from mixlm.engines.requests import Forward
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.inspection import inspect
-from mixlm.inspection.measure import LENGTHS, forward_seconds, measure_agreement, measure_costs, predict_speeds
+from mixlm.inspection.measure import LENGTHS, measure_agreement, measure_rule, predict_speeds, time_forwards
 from mixlm.inspection.report import ForwardCost
-from mixlm.inspection.rules import describe_rule, measure_rule
-from mixlm.inspection.static import check_feasibility, compare_vocabularies, describe_members
+from mixlm.inspection.static import check_feasibility, compare_vocabularies, describe_members, describe_rule
 
 TEXT = b"ab c abc a b c" * 9
 
@@ -91,42 +89,33 @@ def test_forwards_are_timed_behind_a_cache_and_a_shared_engine_once(monkeypatch)
 
     monkeypatch.setattr(ToyEngine, "session", session)
     toy = engine()
-    costs = measure_costs(make_ensemble([toy, engine(seed=2), toy]), TEXT)
-    assert [cost.member for cost in costs] == ["m0", "m1", "m2"]
+    forwards = time_forwards(make_ensemble([toy, engine(seed=2), toy]), TEXT)
+    assert len(forwards) == 3
     assert len(seen) == 2
-    assert costs[0].seconds == costs[2].seconds
-    assert set(costs[0].seconds) == set(LENGTHS)
+    assert forwards[0] == forwards[2]
+    cost = ForwardCost.of("m0", forwards[0])
+    assert (cost.cached, set(cost.seconds)) == (128, set(LENGTHS))
     timed = [(token.tokens, token.cached) for token in seen[0].stats.forwards[1::2]]
     assert timed == [(length, 128) for length in LENGTHS] * 4
 
 
 def test_a_context_too_small_to_time_is_refused():
     with pytest.raises(ConfigError, match="context length of toy is 16, too short"):
-        measure_costs(make_ensemble([engine(context_length=16)]), TEXT)
-
-
-def test_costs_between_and_beyond_what_was_measured_lie_on_lines():
-    cost = ForwardCost("m", 128, {1: 1.0, 2: 1.5, 4: 2.0, 16: 4.0})
-    assert [forward_seconds(cost, tokens) for tokens in (1, 1.5, 3, 10, 31)] == [1.0, 1.25, 1.75, 3.0, 7.0]
-    assert forward_seconds(replace(cost, seconds={1: 2.0, 16: 1.0}), 100) == 1.0
+        time_forwards(make_ensemble([engine(context_length=16)]), TEXT)
 
 
 def test_speeds_follow_the_cost_model():
-    result = [
-        ForwardCost("a", 1, {1: 0.1, 2: 0.2, 16: 0.2}),
-        ForwardCost("b", 1, {1: 0.3, 2: 0.4, 16: 0.5}),
-        ForwardCost("c", 1, {1: 9.0}),
-    ]
+    ensemble = make_ensemble([engine(), engine(seed=2), engine(seed=3)], [1, 1, 0])
+    forwards = [[Forward(n, 128, c * (1 + s * (n - 1))) for n in LENGTHS] for c, s in ((0.1, 1), (0.3, 1 / 3), (9, 0))]
     speeds = {
-        (speed.method, speed.members): speed.predicted
-        for speed in predict_speeds("abc", np.array([0.5, 0.5, 0]), result)
+        (speed.method, speed.members): speed.predicted for speed in predict_speeds(ensemble, ensemble.weights, forwards)
     }
     assert speeds == {
-        ("single", ("a",)): pytest.approx(10),
-        ("single", ("b",)): pytest.approx(1 / 0.3),
-        ("single", ("c",)): pytest.approx(1 / 9),
-        ("conventional", ("a", "b", "c")): pytest.approx(1 / 0.4),
-        ("mixture", ("a", "b", "c")): pytest.approx(1 / (0.5 * 0.2 + 0.5 * 0.4)),
+        ("single", ("m0",)): pytest.approx(10),
+        ("single", ("m1",)): pytest.approx(1 / 0.3),
+        ("single", ("m2",)): pytest.approx(1 / 9),
+        ("conventional", ("m0", "m1", "m2")): pytest.approx(1 / 0.4),
+        ("mixture", ("m0", "m1", "m2")): pytest.approx(1 / (0.5 * 0.2 + 0.5 * 0.4)),
     }
 
 

@@ -48,10 +48,6 @@ class ForwardCosts:
         return float(self.seconds[member] * (1 + self.slopes[member] * (tokens - 1)))
 
 
-# From a member and a number of tokens to the seconds of its forward: `ForwardCosts`, or what was measured.
-ForwardSeconds = Callable[[int, float], float]
-
-
 class DraftPlan(NamedTuple):
     """The member that drafts, how many proposals of a block are verified, and the share of them that is accepted."""
 
@@ -144,14 +140,14 @@ def _median_slope(log: Sequence[Forward]) -> float | None:
     return float(np.clip(median(slopes), 0.0, 1.0))
 
 
-def conventional_seconds(weights: Floats, seconds: ForwardSeconds) -> float:
+def conventional_seconds(weights: Floats, costs: ForwardCosts) -> float:
     """Return the expected seconds of a token by `conventional`: one forward of every member that has weight."""
-    return sum(seconds(i, 1) for i, weight in enumerate(weights) if weight > 0)
+    return sum(costs(i) for i, weight in enumerate(weights) if weight > 0)
 
 
-def mixture_seconds(weights: Floats, seconds: ForwardSeconds) -> float:
+def mixture_seconds(weights: Floats, costs: ForwardCosts) -> float:
     """Return the expected seconds of a token by `mixture`: a member of weight λ catches up with 1/λ tokens."""
-    return sum(float(weight) * seconds(i, 1 / float(weight)) for i, weight in enumerate(weights) if weight > 0)
+    return sum(float(weight) * costs(i, 1 / float(weight)) for i, weight in enumerate(weights) if weight > 0)
 
 
 def speculative_seconds(weights: Floats, costs: ForwardCosts, plan: DraftPlan) -> float:

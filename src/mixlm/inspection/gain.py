@@ -14,7 +14,7 @@ import numpy as np
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.fitting.likelihood import equal_weights, expectation_maximisation
-from mixlm.inspection.measure import measure_costs, predict_speeds
+from mixlm.inspection.measure import predict_speeds, time_forwards
 from mixlm.scoring.scores import Scores, split_holdout
 from mixlm.terminal import Progress
 
@@ -69,7 +69,7 @@ class GainReport:
     def least_useful(self) -> MemberGain | None:
         """The member whose absence costs the fewest bits; None of fewer than three, which leave no ensemble."""
         members = [member for member in self.members if member.without is not None]
-        return min(members, key=lambda member: member.without or 0.0) if len(self.members) > 2 else None
+        return min(members, key=lambda member: member.without or 0.0, default=None)
 
     @property
     def worth_dropping(self) -> str | None:
@@ -97,28 +97,16 @@ class GainReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
-        return {
-            **asdict(self),
-            "gain_percent": self.gain,
-            "oracle_percent": self.oracle_gain,
-            "cost": self.cost,
-            "worth_dropping": self.worth_dropping,
-        }
+        percent = {"gain_percent": self.gain, "oracle_percent": self.oracle_gain}
+        return {**asdict(self), **percent, "cost": self.cost, "worth_dropping": self.worth_dropping}
 
 
 def measure_gain(ensemble: Ensemble, scores: Scores, *, progress: Progress | None = None) -> GainReport:
-    """Report what an ensemble could gain on a scored text.
-
-    Args:
-        ensemble: The ensemble.
-        scores: The text's, by every member.
-        progress: Called with the progress.
+    """Report what an ensemble of two members or more could gain on a text that every member has scored.
 
     Raises:
-        ConfigError: There is one member only, or the text is a single segment.
+        ConfigError: The text is a single segment.
     """
-    if len(ensemble.members) < 2:
-        raise ConfigError("a single member is no ensemble, and gains nothing", "name two or more members")
     train, check = split_holdout(scores, _HALF)
     em = expectation_maximisation(train).weights
     alone = [check.bits_per_byte(check.logprobs[:, i]) for i in range(len(scores.names))]
@@ -127,12 +115,9 @@ def measure_gain(ensemble: Ensemble, scores: Scores, *, progress: Progress | Non
         for i, name in enumerate(scores.names)
     )
     best = int(np.argmin(alone))
-    costs = measure_costs(ensemble, scores.text[:_COST_BYTES], progress)
-    estimates = predict_speeds(ensemble.names, em, costs, ensemble.unit.traits)
+    estimates = predict_speeds(ensemble, em, time_forwards(ensemble, scores.text[:_COST_BYTES], progress))
     speeds = {item.method: item.predicted for item in estimates if item.method != "single"}
-    speeds["single"] = next(
-        item.predicted for item in estimates if item.method == "single" and item.members == (scores.names[best],)
-    )
+    speeds["single"] = estimates[best].predicted  # the members alone come first
     return GainReport(
         bytes=check.size,
         segments=len(check.ends),

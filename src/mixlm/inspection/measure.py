@@ -1,40 +1,31 @@
-"""Measure an ensemble: how far its members agree on a text, and what their forward passes cost.
-
-    single        1 / c_i(1)
-    conventional  1 / Σ_i c_i(1)
-    mixture       1 / Σ_i λ_i c_i(1 / λ_i)
-
-are the tokens per second that forward passes alone allow, where `c_i(q)` is the time of a forward pass of q tokens
-after a cached prefix: member i is sampled every 1/λ_i tokens on average, and then has to catch up on as many. The
-overhead of mixlm itself is not included.
-"""
+"""Measure an ensemble: how far its members agree on a text, and what their forward passes cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from statistics import median
+from typing import Any
 
 import numpy as np
 
-from mixlm.decoding.cost_model import conventional_seconds, mixture_seconds
+from mixlm.decoding.cost_model import conventional_seconds, fit_forward_costs, mixture_seconds
 from mixlm.engines import Engine
+from mixlm.engines.requests import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.generation.rule_prompt_logprobs import symbol_probabilities
-from mixlm.inspection.report import ForwardCost, PairReport, SpeedEstimate
-from mixlm.inspection.static import shared_symbols
+from mixlm.inspection.report import PairReport, RuleReport, SpeedEstimate
 from mixlm.scoring.passages import text_prefix
 from mixlm.terminal import Progress
 from mixlm.tokenization.segments import common_boundaries, encode_exactly
-from mixlm.types import Floats, Ids
-from mixlm.units.base import PIECE_TRAITS, UnitTraits
+from mixlm.types import Floats, Ids, Usage
 from mixlm.units.piece import PieceUnit
 
 LENGTHS = (1, 2, 4, 8, 16)
 _CACHED = 128  # tokens in the KV cache when forward passes are timed
 _REPEATS = 3
+_RULE_TOKENS = 32
 _WINDOW = 96  # bytes of text whose distributions are in memory at once
 
 
@@ -61,7 +52,7 @@ def measure_agreement(
     readers = [
         _TextDistributions(engine, ids, unit.end + 1, data) for engine, ids in zip(engines, symbols, strict=True)
     ]
-    present = shared_symbols(symbols, unit.end + 1)
+    present = np.array([np.isin(np.arange(unit.end + 1), ids) for ids in symbols])  # bool (members, symbols)
     count = len(engines)
     masses = np.zeros((count, count))
     distances: dict[tuple[int, int], list[float]] = {pair: [] for pair in combinations(range(count), 2)}
@@ -71,7 +62,7 @@ def measure_agreement(
         rows = [reader.distributions(start, start + _WINDOW) for reader in readers]
         for i, row in enumerate(rows):
             for distribution in row.values():
-                masses[i] += [distribution[symbols_of_other].sum() for symbols_of_other in present]
+                masses[i] += present @ distribution
         for i, j in distances:
             first, last = np.searchsorted(common[i, j], [start, start + _WINDOW])
             distances[i, j] += [
@@ -125,18 +116,18 @@ class _TextDistributions:
         return dict(zip(ends, rows, strict=True))
 
 
-def measure_costs(ensemble: Ensemble, data: bytes, progress: Progress | None = None) -> tuple[ForwardCost, ...]:
+def time_forwards(ensemble: Ensemble, data: bytes, progress: Progress | None = None) -> list[list[Forward]]:
     """Time forward passes of 1, 2, 4, 8 and 16 tokens of each member; a shared engine is timed once."""
-    costs: dict[int, ForwardCost] = {}
+    logs: dict[int, list[Forward]] = {}
     for i, member in enumerate(ensemble.members):
-        if id(member.engine) not in costs:
-            costs[id(member.engine)] = _measure_cost(member.engine, data)
+        if id(member.engine) not in logs:
+            logs[id(member.engine)] = _time_engine(member.engine, data)
         if progress is not None:
             progress("timing forward passes", i + 1, len(ensemble.members))
-    return tuple(replace(costs[id(member.engine)], member=member.name) for member in ensemble.members)
+    return [logs[id(member.engine)] for member in ensemble.members]
 
 
-def _measure_cost(engine: Engine, data: bytes) -> ForwardCost:
+def _time_engine(engine: Engine, data: bytes) -> list[Forward]:
     cached = min(_CACHED, engine.context_length - LENGTHS[-1])
     if cached < 2:
         raise ConfigError(f"the context length of {engine.name} is {engine.context_length}, too short to time it")
@@ -144,49 +135,59 @@ def _measure_cost(engine: Engine, data: bytes) -> ForwardCost:
     text_ids, _ = encode_exactly(engine.encoder, engine.vocabulary, data, engine.name)
     ids = np.resize(text_ids, cached + LENGTHS[-1]).astype(np.int64)
     session = engine.session()
-    seconds: dict[int, list[float]] = {length: [] for length in LENGTHS}
+    forwards = []
     for repeat in range(_REPEATS + 1):
         for length in LENGTHS:
             session.logits(ids[:cached])
             session.logits(ids[: cached + length])
             if repeat:  # the first round is a warm-up
-                seconds[length].append(session.stats.forwards[-1].seconds)
-    return ForwardCost(engine.name, cached, {length: median(times) for length, times in seconds.items()})
-
-
-def forward_seconds(cost: ForwardCost, tokens: float) -> float:
-    """Predict the time of a forward pass of `tokens` tokens, by linear interpolation and extrapolation.
-
-    A negative slope, which is noise, counts as zero.
-    """
-    lengths = np.array(sorted(cost.seconds), dtype=np.float64)
-    seconds = np.array([cost.seconds[int(length)] for length in lengths])
-    if tokens <= lengths[-1] or len(lengths) == 1:
-        return float(np.interp(tokens, lengths, seconds))
-    slope = max(float(seconds[-1] - seconds[0]) / float(lengths[-1] - lengths[0]), 0.0)
-    return float(seconds[-1] + slope * (tokens - lengths[-1]))
+                forwards.append(Forward(length, cached, session.stats.forwards[-1].seconds))
+    return forwards
 
 
 def predict_speeds(
-    names: Sequence[str], weights: Floats, costs: Sequence[ForwardCost], traits: UnitTraits = PIECE_TRAITS
+    ensemble: Ensemble, weights: Floats, forwards: Sequence[Sequence[Forward]]
 ) -> tuple[SpeedEstimate, ...]:
-    """Predict the speeds that forward passes alone allow: each member alone, conventional, mixture.
+    """Predict the speeds that timed forward passes alone allow: each member alone, conventional, mixture.
 
     Covers the methods that the unit supports. In `word`, a token counts as one forward pass, which ignores rejected
     drafts of word ends; in `byte`, the number of forward passes depends on the text, so `mixture` is not predicted.
     """
-
-    def seconds(member: int, tokens: float = 1) -> float:
-        return forward_seconds(costs[member], tokens)
-
-    singles = [SpeedEstimate("single", (name,), _per_second(seconds(i))) for i, name in enumerate(names)]
-    together = {}
+    names, traits, costs = ensemble.names, ensemble.unit.traits, fit_forward_costs(forwards)
+    speeds = [SpeedEstimate("single", (name,), 1 / costs(i)) for i, name in enumerate(names)]
     if "conventional" in traits.methods:
-        together["conventional"] = conventional_seconds(weights, seconds)
+        speeds.append(SpeedEstimate("conventional", names, 1 / conventional_seconds(weights, costs)))
     if not traits.counts_bytes:
-        together["mixture"] = mixture_seconds(weights, seconds)
-    return (*singles, *(SpeedEstimate(name, tuple(names), _per_second(cost)) for name, cost in together.items()))
+        speeds.append(SpeedEstimate("mixture", names, 1 / mixture_seconds(weights, costs)))
+    return tuple(speeds)
 
 
-def _per_second(seconds: float) -> float:
-    return 1 / max(seconds, 1e-9)
+def measure_rule(ensemble: Ensemble, report: RuleReport, prompt: str, options: Mapping[str, Any]) -> RuleReport:
+    """Return the report with the forwards and the speed of `layered`, beside `conventional`, in one short run each.
+
+    The first run of each warms up. `layered` runs with drafts where they promise more, and once more without any.
+    """
+    written = {"seed": 0, **options, "stop": (), "max_tokens": _RULE_TOKENS, "ignore_end": True}
+
+    def measure(method: str, draft: str | None = None) -> Usage:
+        for _ in range(2):
+            usage: Usage = ensemble.generate(prompt, **{**written, "method": method, "draft": draft}).usage
+        return usage
+
+    conventional, layered, without_drafts = measure("conventional"), measure("layered"), measure("layered", "none")
+    others = max(len(ensemble.members) - 1, 1)
+    return replace(
+        report,
+        tokens=_RULE_TOKENS,
+        stopped=float(np.clip((len(ensemble.members) - _forwards(without_drafts)) / others, 0, 1)),
+        forwards=_forwards(layered),
+        drafted=layered.drafted,
+        accepted=layered.accepted,
+        tokens_per_second=layered.tokens_per_second,
+        conventional_tokens_per_second=conventional.tokens_per_second,
+    )
+
+
+def _forwards(usage: Usage) -> float:
+    """Return the forwards of a token, of all members."""
+    return sum(member.forwards for member in usage.members.values()) / max(usage.tokens, 1)

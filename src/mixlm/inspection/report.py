@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
+
+from mixlm.engines.requests import Forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,13 @@ class ForwardCost:
     member: str
     cached: int
     seconds: Mapping[int, float]
+
+    @classmethod
+    def of(cls, member: str, forwards: Sequence[Forward]) -> ForwardCost:
+        """Return the medians of a member's timed forwards."""
+        lengths = sorted({forward.tokens for forward in forwards})
+        seconds = {n: median(forward.seconds for forward in forwards if forward.tokens == n) for n in lengths}
+        return cls(member, forwards[0].cached, seconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-from mixlm.benchmark import bench
+from mixlm.benchmark import BenchPlan, bench
 from mixlm.core.options import Options
 from mixlm.engines.base import total_weight_bytes
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.inspection import static
-from mixlm.inspection.measure import measure_agreement, measure_costs, predict_speeds
-from mixlm.inspection.report import Inspection
-from mixlm.inspection.rules import describe_rule, measure_rule
+from mixlm.inspection.measure import measure_agreement, measure_rule, predict_speeds, time_forwards
+from mixlm.inspection.report import ForwardCost, Inspection
 from mixlm.scoring.passages import split_passages
 from mixlm.terminal import Progress
 
@@ -36,7 +35,6 @@ TEXT_BYTES = 4000
 # Every method is run for this many tokens, unless the prediction says that takes longer than this many seconds.
 _TOKENS = 24
 _SECONDS = 30.0
-_NOT_FOR_RUNS = ("method", "max_tokens", "stop")
 
 
 def inspect(
@@ -66,30 +64,30 @@ def inspect(
             raise ConfigError(f"the {name} is empty", "omit it for the default")
     chosen: dict[str, Any] = dict(options or {})
     prompt_options = {name: value for name, value in chosen.items() if name in ("system", "seed")}
-    members = static.describe_members(ensemble, question, prompt_options)
     inspection = Inspection(
         unit=ensemble.unit.name,
         router=type(ensemble.router).__name__,
         question=question,
-        members=members,
+        members=static.describe_members(ensemble, question, prompt_options),
         weights_bytes=total_weight_bytes(member.engine for member in ensemble.members),
         possibilities=static.check_feasibility(ensemble, chosen),
         pairs=static.compare_vocabularies(ensemble),
         router_inputs=static.describe_router_inputs(ensemble),
-        rule=describe_rule(ensemble, chosen),
+        rule=static.describe_rule(ensemble, chosen),
     )
     if not measure:
         return replace(inspection, unmeasured="no model was run")
     data = split_passages(text.encode(errors="replace"), TEXT_BYTES)[0]
+    pairs, text_bytes, unmeasured = inspection.pairs, len(data), None
     partial = [member.name for member in ensemble.members if member.engine.top_k_limit is not None]
-    if partial and len(members) > 1:
-        reason = f"agreement is not measured, since only the most likely tokens are known of {', '.join(partial)}"
-        inspection = replace(inspection, unmeasured=reason)
-        pairs = inspection.pairs
-    else:
-        pairs = measure_agreement(ensemble, data, inspection.pairs, progress) if len(members) > 1 else ()
-    timed = measure_costs(ensemble, data, progress)
-    speeds = predict_speeds(ensemble.names, ensemble.weights, timed, ensemble.unit.traits)
+    if pairs and partial:
+        unmeasured = f"agreement is not measured, since only the most likely tokens are known of {', '.join(partial)}"
+        text_bytes = 0
+    elif pairs:
+        pairs = measure_agreement(ensemble, data, pairs, progress)
+    timed = time_forwards(ensemble, data, progress)
+    costs = tuple(ForwardCost.of(name, forwards) for name, forwards in zip(ensemble.names, timed, strict=True))
+    speeds = predict_speeds(ensemble, ensemble.weights, timed)
     possible = {item.name for item in inspection.possibilities if item.kind == "method" and item.possible}
     methods = list(dict.fromkeys(speed.method for speed in speeds))
     if inspection.rule is not None:
@@ -98,19 +96,13 @@ def inspect(
     long = sum(2 * _TOKENS / speed.predicted for speed in speeds) > _SECONDS
     # In the unit `byte`, runs count bytes, and predictions count tokens.
     if possible >= set(methods) and not long and not ensemble.unit.traits.counts_bytes:
-        allowed = cast(Options, {name: value for name, value in chosen.items() if name not in _NOT_FOR_RUNS})
-        report = bench(
-            ensemble,
-            tokens=_TOKENS,
-            repeats=1,
-            prompt=question,
-            methods=methods,
-            options=allowed,
-            progress=progress,
-        )
+        plan = BenchPlan(_TOKENS, repeats=1, prompt=question, methods=methods)
+        report = bench(ensemble, plan, options=options, progress=progress)
         measured = {(run.method, run.members): run.tokens_per_second for run in report.runs}
         speeds = tuple(replace(speed, measured=measured.get((speed.method, speed.members))) for speed in speeds)
-    text_bytes = 0 if inspection.unmeasured is not None else len(data)
-    if inspection.rule is not None and not long:
-        inspection = replace(inspection, rule=measure_rule(ensemble, inspection.rule, question, chosen))
-    return replace(inspection, text_bytes=text_bytes, pairs=pairs, costs=timed, speeds=speeds)
+    rule = inspection.rule
+    if rule is not None and not long:
+        rule = measure_rule(ensemble, rule, question, chosen)
+    return replace(
+        inspection, text_bytes=text_bytes, unmeasured=unmeasured, pairs=pairs, costs=costs, speeds=speeds, rule=rule
+    )

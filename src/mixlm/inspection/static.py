@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 
 from mixlm.choices import METHODS, RULES, UNITS, UnitName
-from mixlm.engines import Engine
+from mixlm.core.combinations.base import Combination
+from mixlm.core.rule_options import rule_as_dict
+from mixlm.decoding.layered import has_envelope
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
-from mixlm.inspection.report import Feasibility, MemberReport, PairReport
+from mixlm.generation.target import assign_roles
+from mixlm.inspection.report import Feasibility, MemberReport, PairReport, RuleReport
 from mixlm.routing.base import observed_by
 from mixlm.routing.gate_router import GateInputs
-from mixlm.types import Ids
-
-# Rules: options that change the target distribution.
-_VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    f"rule {rule}": {"method": "layered", "rule": rule} for rule in RULES if rule not in ("average", "unite")
-}
 
 
 def describe_members(ensemble: Ensemble, question: str, options: Mapping[str, Any]) -> tuple[MemberReport, ...]:
@@ -30,6 +27,7 @@ def describe_members(ensemble: Ensemble, question: str, options: Mapping[str, An
     reports = []
     for i, (member, ids) in enumerate(zip(ensemble.members, prompts, strict=True)):
         engine, vocabulary = member.engine, member.engine.vocabulary
+        pieces = [vocabulary.tokens[token] or vocabulary.name(token).encode() for token in ids.tolist()]
         earlier = [
             other.name
             for other in ensemble.members[:i]
@@ -45,7 +43,7 @@ def describe_members(ensemble: Ensemble, question: str, options: Mapping[str, An
                 ends={vocabulary.name(end): end for end in sorted(vocabulary.end_ids)},
                 reading=dict(engine.tokenizer_info),
                 details=dict(engine.details),
-                prompt=spell_out(engine, ids),
+                prompt=b"".join(pieces).decode(errors="replace"),
                 prompt_tokens=len(ids),
                 stops=tuple(engine.stops),
                 context_length=engine.context_length,
@@ -73,13 +71,6 @@ def describe_router_inputs(ensemble: Ensemble) -> str | None:
     return f"{name}, {' and '.join(seen)}; it needs {engines}"
 
 
-def spell_out(engine: Engine, ids: Ids) -> str:
-    """Return the text of ids, with control tokens spelled out."""
-    vocabulary = engine.vocabulary
-    pieces = [vocabulary.tokens[i] or vocabulary.name(i).encode() for i in ids.tolist()]
-    return b"".join(pieces).decode(errors="replace")
-
-
 def check_feasibility(ensemble: Ensemble, options: Mapping[str, Any]) -> tuple[Feasibility, ...]:
     """Find out which units and methods are possible, by trying each. The error message is the reason if one is not.
 
@@ -92,9 +83,11 @@ def check_feasibility(ensemble: Ensemble, options: Mapping[str, Any]) -> tuple[F
         if unit != "auto":
             reason = _refusal(partial(_set_up_unit, ensemble, unit, options))
             results.append(Feasibility("unit", unit, reason is None, reason))
-    methods: dict[str, Mapping[str, Any]] = {method: {"method": method} for method in METHODS} | dict(_VARIANTS)
-    for name, changes in methods.items():
-        reason = _refusal(partial(_set_up, ensemble, {**options, **changes}))
+    changes: dict[str, dict[str, Any]] = {method: {"method": method} for method in METHODS}
+    rules = (rule for rule in RULES if rule not in ("average", "unite"))
+    changes |= {f"rule {rule}": {"method": "layered", "rule": rule} for rule in rules}
+    for name, changed in changes.items():
+        reason = _refusal(partial(_set_up, ensemble, {**options, **changed}))
         results.append(Feasibility("method", name, reason is None, reason))
     return tuple(results)
 
@@ -131,9 +124,31 @@ def compare_vocabularies(ensemble: Ensemble) -> tuple[PairReport, ...]:
     return tuple(reports)
 
 
-def shared_symbols(symbols: Sequence[Ids], size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Mark the shared symbols that each member has: bool (members, size)."""
-    marks = np.zeros((len(symbols), size), dtype=bool)
-    for row, ids in zip(marks, symbols, strict=True):
-        row[ids[ids >= 0]] = True
-    return marks
+def describe_rule(ensemble: Ensemble, options: Mapping[str, Any]) -> RuleReport | None:
+    """Describe the rule of the options; None for the average. Raises ConfigError where members do not fit its roles."""
+    settings = ensemble.settings(**options)
+    rule = settings.combination
+    if settings.rule is None or rule is None:
+        return None
+    needs, roles = [f"{rule.minimum_members} members or more"], {}
+    if rule.roles:
+        needs = [f"a member for each of {', '.join(rule.roles)}"]
+        members = assign_roles(rule, ensemble.names, [member.role for member in ensemble.members])
+        roles = {role: ensemble.names[i] for role, i in zip(rule.roles, members, strict=True)}
+    if rule.shared_vocabulary:
+        needs.append("one vocabulary")
+    if rule.common_options:
+        needs.append("the same sampling options for all members, which apply to the combination")
+    parameters = rule_as_dict(settings.rule, settings.rule_parameters)
+    del parameters["name"]
+    return RuleReport(rule.name, parameters, roles, tuple(needs), _bounds(rule, len(ensemble.members)))
+
+
+def _bounds(rule: Combination, members: int) -> str:
+    """Return how a position is decided before all members have run."""
+    if not rule.speculates:
+        if rule.first_member(np.full(members, 1 / members)) is not None:
+            return "a coin chooses the first member, which decides some positions alone"
+        if has_envelope(rule, members):
+            return "members run in order until the others cannot change what is sampled"
+    return "all members run, or verify drafts"

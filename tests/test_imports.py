@@ -34,6 +34,13 @@ def test_the_package_itself_imports_neither_torch_nor_a_web_framework_nor_pydant
 
 
 @pytest.mark.slow
+def test_models_and_logs_are_imported_where_the_system_has_no_fcntl():
+    imported_by(
+        "sys.modules['fcntl'] = None\nimport mixlm.models.gguf, mixlm.models.fetch, mixlm.evaluation.run_folder"
+    )
+
+
+@pytest.mark.slow
 def test_a_file_that_is_not_there_is_missed_before_libraries_are_imported():
     program = (
         "import mixlm\ntry: mixlm.load('no.gguf')\nexcept mixlm.MixlmError as error: assert 'no GGUF' in str(error)"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mixlm.errors import ConfigError
 
@@ -91,17 +90,24 @@ class ResumableLog:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[TextIO]:
-    """Open a file to append to it, and lock it. The system releases the lock when the process ends, however it ends.
+def exclusive(path: Path, waiting: AbstractContextManager[Any] | None = None) -> Iterator[None]:
+    """Hold the lock of a file, which is made if it is not there and is never removed, or two could hold its lock.
+
+    The system releases the lock when the process ends, however it ends.
+
+    Args:
+        path: The file.
+        waiting: Entered while another process holds the lock.
 
     Raises:
-        ConfigError: Another process holds the lock.
+        ConfigError: Another process holds the lock, and nothing is given to wait in.
     """
-    with path.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{path} is being written by another mixlm", "wait for it, or name another place"
-            ) from None
-        yield file
+    from filelock import lock_descriptor
+
+    with path.open("a") as file:
+        if not lock_descriptor(file.fileno(), blocking=False):
+            if waiting is None:
+                raise ConfigError(f"{path} is being written by another mixlm", "wait for it, or name another place")
+            with waiting:
+                lock_descriptor(file.fileno())
+        yield

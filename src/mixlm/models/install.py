@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from mixlm.errors import ModelLoadError, ModelNotFoundError, did_you_mean
@@ -21,6 +20,7 @@ from mixlm.models.cache import (
     read_info,
     write_info,
 )
+from mixlm.resumable_log import exclusive
 from mixlm.terminal import ProgressDisplay
 
 
@@ -92,18 +92,12 @@ def _report_os_errors() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def locked(name: str, display: ProgressDisplay) -> Iterator[None]:
-    """Hold the lock of one model. Its file remains: if it were removed, two processes could hold the lock."""
+def locked(name: str, display: ProgressDisplay) -> AbstractContextManager[None]:
+    """Hold the lock of one model."""
     locks = cache_root() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with (locks / f"{name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with display.stage(f"{name}: waiting for another process that is building it"):
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    waiting = display.stage(f"{name}: waiting for another process that is building it")
+    return exclusive(locks / f"{name}.lock", waiting)
 
 
 @contextmanager

@@ -31,11 +31,8 @@ import mixlm
 from mixlm.core.combinations.average import Average
 from mixlm.core.combinations.base import Combination
 from mixlm.core.combinations.contrastive import Contrastive
-from mixlm.core.combinations.geometric import Geometric
-from mixlm.core.combinations.guidance import Guidance
-from mixlm.core.combinations.max import Max
-from mixlm.core.combinations.min import Min
-from mixlm.core.combinations.power import Power
+from mixlm.core.combinations.log_linear import Geometric, Guidance
+from mixlm.core.combinations.power import Max, Min, Power
 from mixlm.ensemble import Ensemble
 from mixlm.resumable_log import ResumableLog
 from mixlm.scoring.passages import Passage, text_prefix

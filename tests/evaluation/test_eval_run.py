@@ -12,7 +12,7 @@ from small_tasks import QUESTIONS, toys
 
 from mixlm.core.combinations import COMBINATIONS, Combination, combination
 from mixlm.core.combinations.defer import Defer
-from mixlm.core.combinations.geometric import Geometric
+from mixlm.core.combinations.log_linear import Geometric
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rule_options import rule_name
 from mixlm.ensemble import Ensemble

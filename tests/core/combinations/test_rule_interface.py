@@ -17,9 +17,8 @@ from mixlm.choices import RULES_WITH_ROLES
 from mixlm.core.combinations import COMBINATIONS, Combination, Unreported, align, combination, combination_class
 from mixlm.core.combinations.base import align_logprobs
 from mixlm.core.combinations.contrastive import Contrastive
-from mixlm.core.combinations.geometric import Geometric
-from mixlm.core.combinations.guidance import Guidance
-from mixlm.core.combinations.max import Max
+from mixlm.core.combinations.log_linear import Geometric, Guidance
+from mixlm.core.combinations.power import Max
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Candidates
 
@@ -39,7 +38,7 @@ def test_a_rule_is_imported_when_it_is_asked_for():
         "print(sorted(m for m in sys.modules if m.startswith('mixlm.core.combinations.')))"
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert "combinations.max" in loaded
+    assert "combinations.power" in loaded
     assert "combinations.vote" not in loaded
 
 
@@ -168,7 +167,7 @@ def test_what_an_envelope_returns_is_checked_too(result, message):
     [
         ("combine", [np.nan, 0.5, 0.5], "rule mine returned a value that is not finite"),
         ("combine", [0.5, 0.2, 0.2], "rule mine returned probabilities that sum to 0.9"),
-        ("bound", [-0.1, 0, 0], "bound of rule mine returned the negative value -0.1"),
+        ("bound", [-0.1, 0, 0], "the envelope of rule mine returned the negative value -0.1"),
         ("first_member", [0.5, np.nan], "first_member of rule mine returned a value that is not finite"),
         ("first_distribution", [0.5], r"first_distribution of rule mine returned the shape \(1,\)"),
     ],

@@ -1,6 +1,6 @@
 """Combination rules: one distribution from those of several members.
 
-`base` says what a rule is. Each has a file, which is imported when the rule is asked for by its name.
+`base` says what a rule is. Its file is imported when the rule is asked for by its name.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ __all__ = ["COMBINATIONS", "Aligned", "Combination", "Unreported", "align", "com
 # Module and class of each rule.
 COMBINATIONS: Mapping[str, tuple[str, str]] = {
     "average": ("average", "Average"),
-    "geometric": ("geometric", "Geometric"),
+    "geometric": ("log_linear", "Geometric"),
     "power": ("power", "Power"),
-    "max": ("max", "Max"),
-    "min": ("min", "Min"),
+    "max": ("power", "Max"),
+    "min": ("power", "Min"),
     "contrastive": ("contrastive", "Contrastive"),
-    "proxy": ("proxy", "Proxy"),
-    "guidance": ("guidance", "Guidance"),
-    "mean-then-truncate": ("mean_then_truncate", "MeanThenTruncate"),
-    "mean-then-temper": ("mean_then_temper", "MeanThenTemper"),
+    "proxy": ("log_linear", "Proxy"),
+    "guidance": ("log_linear", "Guidance"),
+    "mean-then-truncate": ("average", "MeanThenTruncate"),
+    "mean-then-temper": ("average", "MeanThenTemper"),
     "union-top-k": ("union_top_k", "UnionTopK"),
-    "gac": ("gac", "GaC"),
+    "gac": ("average", "GaC"),
     "vote": ("vote", "Vote"),
     "defer": ("defer", "Defer"),
 }

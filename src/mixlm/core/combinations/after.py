@@ -63,10 +63,7 @@ class TransformedCombination(Combination):
 
     def from_logprobs(self, rows: Sequence[Floats], weights: Floats) -> Candidates:
         """Return the transformed combination."""
-        scores = self.rule.log_scores(rows, weights)
-        if self.sampling.temperature == 0:
-            return Candidates(np.array([int(np.argmax(scores))]), np.zeros(1))
-        return _transform(self.sampling)(scores)
+        return _transformed_scores(self.rule.log_scores(rows, weights), self.sampling)
 
     def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
         """Return the rule's answer: where its envelope is 0, so is `F` of it."""
@@ -97,8 +94,8 @@ class TransformedCombination(Combination):
     ) -> Floats:
         """Return `F(π_i S_i) / π'_i`."""
         coin, after = self.rule.first_member(weights), self.first_member(weights)
-        if coin is None or after is None:
-            return super().first_distribution(row, weights, member, unreported)
+        assert coin is not None
+        assert after is not None
         if after[member] == 0:
             return np.zeros_like(row)
         inner = coin[member] * self.rule.first_distribution(row, weights, member, unreported)
@@ -124,13 +121,16 @@ def transformed(distribution: Floats, sampling: Sampling) -> Floats:
     if is_plain(sampling):
         return distribution
     out = np.zeros_like(distribution)
-    if sampling.temperature == 0:
-        out[int(np.argmax(distribution))] = 1.0
-        return out
     with np.errstate(divide="ignore"):
-        kept = _transform(sampling)(np.log(distribution))
+        kept = _transformed_scores(np.log(distribution), sampling)
     out[kept.ids] = np.exp(kept.logprobs)
     return out
+
+
+def _transformed_scores(scores: Floats, sampling: Sampling) -> Candidates:
+    if sampling.temperature == 0:
+        return Candidates(np.array([int(np.argmax(scores))]), np.zeros(1))
+    return _transform(sampling)(scores)
 
 
 @lru_cache(maxsize=16)

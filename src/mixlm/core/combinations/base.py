@@ -134,15 +134,6 @@ def _representable(logprobs: Floats) -> Floats:
     return rows
 
 
-# What a rule consists of. `is_product` and `is_open` are shortcuts of these.
-_FUNCTIONS = ("combine", "bound", "envelope", "certain_winner", "first_member", "first_distribution")
-
-
-def _depth(cls: type, name: str) -> int:
-    """Return how far up among a class's bases an attribute is defined."""
-    return next(depth for depth, base in enumerate(cls.__mro__) if name in vars(base))
-
-
 @dataclass(frozen=True)
 class Combination(ABC):
     """A combination rule. The fields of its dataclass are its parameters, checked when it is built.
@@ -179,10 +170,6 @@ class Combination(ABC):
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Check what rules of one's own return wherever it is used, and take no shortcut of functions they replace."""
         super().__init_subclass__(**keywords)
-        replaced = min(_depth(cls, name) for name in _FUNCTIONS)
-        for shortcut in ("is_product", "is_open"):
-            if replaced < _depth(cls, shortcut):
-                setattr(cls, shortcut, vars(Combination)[shortcut])
         if not cls.__module__.startswith("mixlm."):
             from mixlm.core.combinations.function import check_results
 
@@ -346,12 +333,26 @@ def normalized(mass: Floats, rule: str) -> Floats:
     """Scale what a rule gives each symbol to sum to 1. Raises UnsupportedError where all of it is 0."""
     total = mass.sum()
     if not total > 0:
-        raise UnsupportedError(
-            f"rule {rule} is not defined here: no token is possible under all members at once",
-            "give the members the same options, or use another rule",
-        )
+        raise undefined(rule)
     scaled: Floats = mass / total
     return scaled
+
+
+def undefined(rule: str) -> UnsupportedError:
+    """Return the error for distributions of which a rule makes none."""
+    return UnsupportedError(
+        f"rule {rule} is not defined here: no token is possible under all members at once",
+        "give the members the same options, or use another rule",
+    )
+
+
+def refuse_reports(rule: str, unreported: Unreported | None) -> None:
+    """Raise UnsupportedError for a rule without bounds for reports, where a member did not report everything."""
+    if unreported is not None and unreported.mass.any():
+        raise UnsupportedError(
+            f"rule {rule} needs whole distributions, and a member reports its likeliest tokens alone",
+            "use an engine that returns all logits",
+        )
 
 
 def positive_members(weights: Floats) -> npt.NDArray[np.bool_]:

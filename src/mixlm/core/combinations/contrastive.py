@@ -26,13 +26,13 @@ from typing import ClassVar
 import numpy as np
 
 from mixlm.choices import CONTRASTIVE_FORMS, ContrastiveForm
-from mixlm.core.combinations.base import TOLERANCE, Combination, Unreported, check_parameter
-from mixlm.core.combinations.log_linear import log_linear, log_linear_scores
+from mixlm.core.combinations.base import TOLERANCE, Unreported, check_parameter
+from mixlm.core.combinations.log_linear import LogLinear
 from mixlm.types import Candidates, Floats
 
 
 @dataclass(frozen=True)
-class Contrastive(Combination):
+class Contrastive(LogLinear):
     """The expert's distribution against the amateur's.
 
     Attributes:
@@ -42,10 +42,8 @@ class Contrastive(Combination):
     """
 
     name: ClassVar[str] = "contrastive"
-    common_options: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ("expert", "amateur")
     shared_vocabulary: ClassVar[bool] = True
-    speculates: ClassVar[bool] = True
     takes_reports: ClassVar[bool] = True
     strength: float = 0.5
     alpha: float = 0.1
@@ -56,18 +54,15 @@ class Contrastive(Combination):
         check_parameter(self.name, "alpha", self.alpha, minimum=0, maximum=1)
         check_parameter(self.name, "form", self.form, choices=CONTRASTIVE_FORMS)
 
-    def combine(self, probs: Floats, weights: Floats) -> Floats:
-        """Return the contrast on the plausible symbols."""
-        expert = probs[0]
-        plausible = expert >= self.alpha * expert.max()
-        rows = np.stack([np.where(plausible, expert, 0.0), probs[1]])
-        return log_linear(rows, self._exponents, self.name)
+    def exponents(self, weights: Floats) -> Floats:
+        """Return the exponents of the roles."""
+        return np.array([1.0 if self.form == "original" else 1 + self.strength, -self.strength])
 
     def log_scores(self, rows: Sequence[Floats], weights: Floats) -> Floats:
-        """Return the logarithm of the contrast."""
+        """Return the logarithm of the contrast; see `LogLinear`."""
         expert, amateur = rows
         plausible = expert >= expert.max() + self._log_alpha
-        return log_linear_scores([np.where(plausible, expert, -np.inf), amateur], self._exponents, self.name)
+        return super().log_scores([np.where(plausible, expert, -np.inf), amateur], weights)
 
     def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
         """Whether the expert finds several symbols plausible."""
@@ -100,15 +95,6 @@ class Contrastive(Combination):
         elif needed <= {*ran} and (unreported is None or not unreported.open[list(needed)][:, plausible].any()):
             return self.combine(probs, weights)
         return lower
-
-    @property
-    def is_product(self) -> bool:  # type: ignore[override]
-        """Not where it is the expert's distribution."""
-        return self.strength != 0
-
-    @property
-    def _exponents(self) -> Floats:
-        return np.array([1.0 if self.form == "original" else 1 + self.strength, -self.strength])
 
     @property
     def _log_alpha(self) -> float:

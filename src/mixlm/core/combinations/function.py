@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.core.combinations.base import Combination, Unreported
-from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.core.combinations.base import Combination, Unreported, refuse_reports
+from mixlm.errors import ConfigError
 from mixlm.option_spec import call_function, check_function
 from mixlm.types import Floats
 
@@ -40,14 +40,8 @@ class FunctionCombination(Combination):
         object.__setattr__(self, "speculates", self.own_envelope is None)
 
     def combine(self, probs: Floats, weights: Floats) -> Floats:
-        """Return the function's distribution.
-
-        Raises:
-            ConfigError: The function fails, or the result is not one: another shape, a number that is complex, negative
-                or not finite, or a sum that is not 1.
-        """
-        call = partial(self.function, probs.copy(), weights.copy())
-        return _checked_whole(call, probs.shape[1], f"rule {self.name}")
+        """Return the function's distribution."""
+        return self.function(probs.copy(), weights.copy())
 
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
@@ -55,67 +49,59 @@ class FunctionCombination(Combination):
         """Return the function's lower bound. It is given zeros for the members that have not run.
 
         Raises:
-            ConfigError: The function fails, or the result is no sub-distribution.
             UnsupportedError: Something is unreported, which the function does not know about.
         """
         if self.own_envelope is None:
             return None
-        if unreported is not None and unreported.mass.any():
-            raise UnsupportedError(
-                f"rule {self.name} needs whole distributions, and a member reports its likeliest tokens alone",
-                "use an engine that returns all logits",
-            )
+        refuse_reports(self.name, unreported)
         rows = np.zeros_like(probs)
         rows[list(ran)] = probs[list(ran)]
-        call = partial(self.own_envelope, rows, weights.copy(), tuple(ran))
-        return _checked_part(call, probs.shape[1], f"the envelope of rule {self.name}")
-
-
-_FIRST_ARGUMENT = {"first_member": "weights", "first_distribution": "row"}
+        return self.own_envelope(rows, weights.copy(), tuple(ran))
 
 
 def check_results(rule: type[Combination]) -> None:
-    """Check what the functions of a class of one's own return wherever it is used, as that of a `FunctionCombination`.
+    """Check what the functions of a class return wherever it is used, and take no shortcut of those that it replaces.
 
-    Functions of other rules are checked already; those of a base that is no rule are checked here.
+    A function raises ConfigError where it fails, or returns what is none of its results: another shape, a number that
+    is complex, negative or not finite, or a sum that is not 1, or greater than 1. Functions of other rules are checked
+    already; those of a base that is no rule are checked here.
     """
-    for name in ("combine", "bound", "envelope", "first_member", "first_distribution"):
+    for name in ("combine", "bound", "envelope", "certain_winner", "first_member", "first_distribution"):
         owner = next(base for base in rule.__mro__ if name in vars(base))
         if owner is rule or not issubclass(owner, Combination):
-            setattr(rule, name, _checked_method(vars(owner)[name], name))
+            if name != "certain_winner":
+                setattr(rule, name, _checked_method(vars(owner)[name], name))
+            for shortcut in ("is_product", "is_open"):
+                if shortcut not in vars(rule):
+                    setattr(rule, shortcut, vars(Combination)[shortcut])
+
+
+_SUBJECTS = {"combine": "rule", "bound": "the envelope of rule", "envelope": "the envelope of rule"}
+_FIRST_ARGUMENT = {"first_member": "weights", "first_distribution": "row"}
 
 
 def _checked_method(method: Any, name: str) -> Callable[..., Any]:
     @wraps(method)
     def checked(self: Combination, *args: Any, **keywords: Any) -> Floats | None:
-        subject = f"rule {self.name}" if name == "combine" else f"{name} of rule {self.name}"
+        subject = f"{_SUBJECTS.get(name, f'{name} of rule')} {self.name}"
         result = call_function(partial(method.__get__(self), *args, **keywords), subject)
         if result is None and name in ("bound", "envelope", "first_member"):
             return None
-        check = _checked_whole if name in ("combine", "first_member") else _checked_part
-        values: Floats = args[0] if args else keywords[_FIRST_ARGUMENT.get(name, "probs")]
-        return check(lambda: result, values.shape[-1], subject)
+        first: Floats = args[0] if args else keywords[_FIRST_ARGUMENT.get(name, "probs")]
+        values = _checked_values(result, first.shape[-1], subject)
+        total = float(values.sum())
+        if name in ("combine", "first_member"):
+            if abs(total - 1) > 1e-6:
+                raise ConfigError(f"{subject} returned probabilities that sum to {total:.6g}; they must sum to 1")
+            return values / total
+        if total > 1 + 1e-6:
+            raise ConfigError(f"{subject} sums to {total:.6g}; it must be at most 1")
+        return values
 
     return checked
 
 
-def _checked_whole(call: Callable[[], Any], size: int, subject: str) -> Floats:
-    result = _checked(call, size, subject)
-    total = float(result.sum())
-    if abs(total - 1) > 1e-6:
-        raise ConfigError(f"{subject} returned probabilities that sum to {total:.6g}; they must sum to 1")
-    return result / total
-
-
-def _checked_part(call: Callable[[], Any], size: int, subject: str) -> Floats:
-    lower = _checked(call, size, subject)
-    if lower.sum() > 1 + 1e-6:
-        raise ConfigError(f"{subject} sums to {lower.sum():.6g}; it must be at most 1")
-    return lower
-
-
-def _checked(call: Callable[[], Any], size: int, subject: str) -> Floats:
-    result = call_function(call, subject)
+def _checked_values(result: Any, size: int, subject: str) -> Floats:
     try:
         is_complex = np.iscomplexobj(result)
         values = np.zeros(0) if is_complex else np.asarray(result, dtype=np.float64)
@@ -130,3 +116,6 @@ def _checked(call: Callable[[], Any], size: int, subject: str) -> Floats:
     if (values < 0).any():
         raise ConfigError(f"{subject} returned the negative value {values.min():g}; all must be 0 or more")
     return values
+
+
+check_results(FunctionCombination)

@@ -1,8 +1,7 @@
-"""`power`: the weighted power mean, `C(u) ∝ M(q(u))`, `M(x) = (Σ_i λ_i x_i^r)^(1/r)`; `strength` is r, any but 0.
+"""Weighted power means, `C(u) ∝ M(q(u))`, `M(x) = (Σ_i λ_i x_i^r)^(1/r)`: `power`, and its limits `max` and `min`.
 
-Source: power means as opinion pools (Cooke, 1991); r = 1 is the average, r → 0 the geometric mean, r → ±∞ max and
-min. Defined for every unit; for r < 0 a symbol needs every member, so temperature and truncation apply to the mean
-then.
+Source: power means as opinion pools (Cooke, 1991); r = 1 is the average, r → 0 the geometric mean. Defined for every
+unit; for r < 0 a symbol needs every member, so temperature and truncation apply to the mean then.
 
 Below, `c_i = λ_i^(1/r)` and `K = Σ c_i`; u has x = (q_1(u), …, q_n(u)).
 
@@ -24,16 +23,24 @@ below 1, once all have reported, `log_linear.reports_bound`: unreported symbols 
 `min c_i m_i` for r < 0, where `M(x) ≤ c_i x_i`.
 
 r < 0. No bound, since a missing member can make any symbol impossible; one that is the only one left is certain.
+
+r = ±∞. `c_i = 1` for members of positive weight, and weights say nothing else. Coin first, for the maximum of n: `π`
+equal and ψ as above. For two members `S_i = q_i / (2 − q_i)` is valid and larger: with x ≥ y, `C(u) ≥ x / (2 − y)`,
+and `2x/(2 − y) − y/(2 − y) − x/(2 − x)` has the sign of `(x − y)(1 − x) ≥ 0`; x = y attains it. Two members stop
+after one at least half of the time, nearly always where one token is likely.
+
 Cost: r = 2 and equal weights of two members stop after one at least 71 % of the time; below 0, drafts are verified.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from mixlm.core.combinations.base import (
     TOLERANCE,
@@ -54,18 +61,11 @@ _SMALL = 1e-3  # below it, roots are of numbers near 1, which rounding would cha
 _TINY = float(np.finfo(np.float64).tiny)
 
 
-@dataclass(frozen=True)
-class Power(Combination):
+class PowerMean(Combination):
     """The normalised power mean of the members' probabilities."""
 
-    name: ClassVar[str] = "power"
     takes_reports: ClassVar[bool] = True
-    strength: float = 2.0
-
-    def __post_init__(self) -> None:
-        check_parameter(self.name, "strength", self.strength, minimum=-1e6, maximum=1e6)
-        if self.strength == 0:
-            raise ConfigError("strength is 0, and the power mean of exponent 0 is geometric", "use --rule geometric")
+    strength: float
 
     @property
     def common_options(self) -> bool:  # type: ignore[override]
@@ -83,7 +83,7 @@ class Power(Combination):
 
     def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
         """Whether below 0, several symbols are left."""
-        return self.strength < 0 and leaves_several(parts, weights)
+        return self.strength < 0 and leaves_several(parts, positive_members(weights))
 
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
@@ -92,16 +92,17 @@ class Power(Combination):
         if unreported is not None and self.strength < 1 and len(ran) == len(weights):
             return self._reports_bound(probs, weights, unreported)
         if self.strength < 0:
-            return only_symbol(probs, ran, weights, unreported)
+            return only_symbol(probs, ran, positive_members(weights), unreported)
         if self.strength < _SMALL:
             return np.zeros(probs.shape[1])
         done, active = ran_mask(weights, ran), positive_members(weights)
         mean = self._mean(probs, weights, active & done)
-        missing = weights * (active & ~done)
         if self.strength >= 1:
-            rest = missing.copy() if unreported is None else missing + weights * done * unreported.mass**self.strength
-            lower: Floats = mean / max(mean.sum() + (rest ** (1 / self.strength)).sum(), _TINY)
+            largest = np.where(active, weights ** (1 / self.strength), 0.0)
+            left = np.where(done, 0.0 if unreported is None else unreported.mass, 1.0)
+            lower: Floats = mean / max(mean.sum() + largest @ left, _TINY)
             return lower
+        missing = weights * ~done
         if unreported is None:
             total = _sum_of_others(mean) ** self.strength + missing.sum()
         else:
@@ -125,8 +126,7 @@ class Power(Combination):
     ) -> Floats:
         """Return `S_i`; it looks at each symbol alone, so unreported symbols just have none."""
         coin = self.first_member(weights)
-        if coin is None:
-            return super().first_distribution(row, weights, member, unreported)
+        assert coin is not None
         if coin[member] == 0:
             return np.zeros_like(row)
         if self.strength < 1:
@@ -134,7 +134,7 @@ class Power(Combination):
             lower: Floats = self._single_share(row, others, weights[member]) / coin[member]
             return lower
         positive = weights[weights > 0]
-        return row * least_share(row, positive, positive ** (1 / self.strength))
+        return row * _least_share(row, positive, positive ** (1 / self.strength))
 
     def _reports_bound(self, probs: Floats, weights: Floats, unreported: Unreported) -> Floats:
         active = positive_members(weights)
@@ -148,14 +148,14 @@ class Power(Combination):
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> int | None:
         """Compare the sums of powers; a missing member can give all its weight to one symbol."""
-        if unreported is not None or len(ran) == len(weights) or self.strength < 0:
+        if unreported is not None or len(ran) == len(weights) or not 0 < self.strength < math.inf:
             return super().certain_winner(probs, weights, ran, unreported)
         done = ran_mask(weights, ran)
         lower = (weights * done) @ np.where(done[:, None], probs, 0.0) ** self.strength
         missing = float(weights[~done].sum())
         return winner_by_bounds(lower, lower + missing, missing)
 
-    def _mean(self, probs: Floats, weights: Floats, members: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Floats:
+    def _mean(self, probs: Floats, weights: Floats, members: npt.NDArray[np.bool_]) -> Floats:
         """Return `M` over some members, 0 for the others."""
         if not members.any():
             return np.zeros(probs.shape[1])
@@ -167,7 +167,9 @@ class Power(Combination):
         if 0 < self.strength <= _LARGE:
             return np.asarray((shares @ rows**self.strength) ** (1 / self.strength))
         # Powers may overflow or vanish: they are taken of ratios.
-        scale = rows.max(axis=0) if self.strength > 0 else rows.min(axis=0)
+        scale: Floats = rows.max(axis=0) if self.strength > 0 else rows.min(axis=0)
+        if math.isinf(self.strength):
+            return scale
         out = np.zeros(probs.shape[1])
         some = scale > 0
         powers = shares @ (rows[:, some] / scale[some]) ** self.strength
@@ -181,6 +183,50 @@ class Power(Combination):
         return own / np.maximum(own + rest, _TINY)
 
 
+@dataclass(frozen=True)
+class Power(PowerMean):
+    """`power`: `strength` is r, any but 0."""
+
+    name: ClassVar[str] = "power"
+    strength: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_parameter(self.name, "strength", self.strength, minimum=-1e6, maximum=1e6)
+        if self.strength == 0:
+            raise ConfigError("strength is 0, and the power mean of exponent 0 is geometric", "use --rule geometric")
+
+
+@dataclass(frozen=True)
+class Min(PowerMean):
+    """`min`: the smallest of the members' probabilities (the minimum rule of Kittler et al., 1998)."""
+
+    name: ClassVar[str] = "min"
+    strength = -math.inf
+
+
+@dataclass(frozen=True)
+class Max(PowerMean):
+    """`max`: the largest of the members' probabilities (the maximum rule of Kittler et al., 1998)."""
+
+    name: ClassVar[str] = "max"
+    strength = math.inf
+
+    def first_member(self, weights: Floats) -> Floats | None:
+        """Return equal shares for the members that take part."""
+        active = positive_members(weights)
+        coin: Floats = active / active.sum()
+        return coin
+
+    def first_distribution(
+        self, row: Floats, weights: Floats, member: int, unreported: Unreported | None = None
+    ) -> Floats:
+        """Return `S_i`; it looks at each symbol alone, so unreported symbols just have none."""
+        count = int(positive_members(weights).sum())
+        if count == 2:
+            return row / (2 - row)
+        return row * _least_share(row, np.full(count, 1 / count), np.ones(count))
+
+
 def _sum_of_others(values: Floats) -> Floats:
     """Return the sum of all but each value; exact where that is tiny, since roots of it are not."""
     others = np.maximum(values.sum() - values, 0.0)
@@ -190,8 +236,8 @@ def _sum_of_others(values: Floats) -> Floats:
     return np.asarray(others)
 
 
-def least_share(x: Floats, weights: Floats, largest: Floats) -> Floats:
-    """Return `ψ(x)` of the power means with r ≥ 1, and of the maximum, float64 as x.
+def _least_share(x: Floats, weights: Floats, largest: Floats) -> Floats:
+    """Return `ψ(x)` of the power means with r ≥ 1, float64 as x.
 
     Args:
         x: Probabilities.

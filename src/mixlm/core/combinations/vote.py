@@ -23,8 +23,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from mixlm.core.combinations.base import TOLERANCE, Combination, Unreported, ran_mask
-from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.core.combinations.base import TOLERANCE, Combination, Unreported, ran_mask, refuse_reports
+from mixlm.errors import ConfigError
 from mixlm.types import Floats
 
 _MOST_MEMBERS = 6
@@ -52,11 +52,7 @@ class Vote(Combination):
         Raises:
             UnsupportedError: A member did not report its whole distribution.
         """
-        if unreported is not None and unreported.mass.any():
-            raise UnsupportedError(
-                f"rule {self.name} needs whole distributions, and a member reports its likeliest tokens alone",
-                "use an engine that returns all logits",
-            )
+        refuse_reports(self.name, unreported)
         voters = [i for i in ran if weights[i] > 0]
         return self._winners(probs, weights, voters)
 
@@ -85,61 +81,49 @@ class Vote(Combination):
         """Return the probability that each symbol wins by the votes of some members, whatever the others vote."""
         missing = float(weights[~ran_mask(weights, voters)].sum())
         missing = missing if missing > TOLERANCE else 0.0
-        counts = _BlockVotes(probs)
+        known: dict[tuple[Block, frozenset[Block]], Floats] = {}
         out = np.zeros(probs.shape[1])
         for partition in set_partitions(list(voters)):
             votes = [sum(float(weights[i]) for i in block) for block in partition]
-            largest = max(votes)
+            largest = max(votes, default=0.0)
             leaders = [block for block, vote in zip(partition, votes, strict=True) if vote > largest - TOLERANCE]
-            second = sorted([*votes, 0.0])[-2]
+            second = sorted([0.0, 0.0, *votes])[-2]
             if missing and (len(leaders) > 1 or largest <= second + missing + TOLERANCE):
                 continue
             for leader in leaders:
                 others = tuple(block for block in partition if block != leader)
-                out += counts.distinct(leader, others) / len(leaders)
+                out += _distinct_votes(probs, leader, others, known) / len(leaders)
         return np.maximum(out, 0.0)
 
 
-class _BlockVotes:
-    """Probabilities that each of several blocks of members votes for one symbol of its own."""
+def _distinct_votes(
+    probs: Floats, leader: Block, others: tuple[Block, ...], known: dict[tuple[Block, frozenset[Block]], Floats]
+) -> Floats:
+    """Return the probability that `leader` votes u and each of the others for a symbol of its own, for each u.
 
-    def __init__(self, probs: Floats) -> None:
-        self._probs = probs
-        self._products: dict[Block, Floats] = {}
-        self._distinct: dict[tuple[Block, frozenset[Block]], Floats] = {}
-
-    def distinct(self, leader: Block, others: tuple[Block, ...]) -> Floats:
-        """Return the probability that `leader` votes u and the others for distinct symbols but u, for each u.
-
-        The last block may vote for anything, less what the leader or another block votes for.
-        """
-        key = (leader, frozenset(others))
-        if key not in self._distinct:
-            if not others:
-                self._distinct[key] = self._product(leader)
-            else:
-                *rest, last = others
-                value = self._product(last).sum() * self.distinct(leader, tuple(rest))
-                value = value - self.distinct(leader | last, tuple(rest))
-                for j, block in enumerate(rest):
-                    value = value - self.distinct(leader, (*rest[:j], block | last, *rest[j + 1 :]))
-                self._distinct[key] = value
-        return self._distinct[key]
-
-    def _product(self, block: Block) -> Floats:
-        if block not in self._products:
-            self._products[block] = self._probs[sorted(block)].prod(axis=0)
-        return self._products[block]
+    The last block may vote for anything, less what the leader or another block votes for. known: what was computed.
+    """
+    key = (leader, frozenset(others))
+    if key not in known:
+        if not others:
+            known[key] = probs[sorted(leader)].prod(axis=0)
+        else:
+            *rest, last = others
+            value = _distinct_votes(probs, last, (), known).sum() * _distinct_votes(probs, leader, tuple(rest), known)
+            value = value - _distinct_votes(probs, leader | last, tuple(rest), known)
+            for j, block in enumerate(rest):
+                merged = (*rest[:j], block | last, *rest[j + 1 :])
+                value = value - _distinct_votes(probs, leader, merged, known)
+            known[key] = value
+    return known[key]
 
 
 def set_partitions(items: list[int]) -> Iterator[list[Block]]:
     """Yield every way to split the items into blocks."""
     if not items:
+        yield []
         return
     first, *rest = items
-    if not rest:
-        yield [frozenset([first])]
-        return
     for partition in set_partitions(rest):
         yield [frozenset([first]), *partition]
         for j, block in enumerate(partition):

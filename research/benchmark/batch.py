@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from mixlm.benchmark.report import memory_in_use
-from mixlm.benchmark.timing import TimedRun, draft_name, method_settings, single_member
+from mixlm.benchmark.timing import TimedRun, method_settings, single_member
 from mixlm.engines.requests import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
@@ -23,7 +23,6 @@ from mixlm.generation.scheduler import Scheduler
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 KINDS = ("single", "conventional", "mixture")
-_AHEAD = ("speculative", "drafted")
 
 
 class BatchContestant:
@@ -39,7 +38,7 @@ class BatchContestant:
         self._ensemble = ensemble
         # Raw: the stop strings of a template would end some completions sooner than others.
         self._settings = method_settings(ensemble, kind, {**options, "raw": True})
-        self.draft = draft_name(ensemble, self._settings) if kind in _AHEAD else None
+        self.draft = self._settings.draft
         self._prompts = ensemble.encode_prompt(prompt, self._settings)
 
     def measure(self, sequence: int, tokens: int) -> TimedRun:

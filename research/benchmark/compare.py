@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any
 
 from mixlm.benchmark import BenchPlan, BenchReport, bench
-from mixlm.benchmark.measure import BenchFields
 from mixlm.core.options import Options
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.terminal import Progress
 from research.benchmark.agreement import agreement_note, check_share, with_agreement
 from research.benchmark.rivals import available_rivals
-
-
-class ComparisonFields(BenchFields, total=False):
-    """The fields of a `ComparisonPlan` by name."""
-
-    agreement: float | None
-    rivals: bool
-    places: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -54,10 +45,9 @@ def compare(
     *,
     options: Options | None = None,
     progress: Progress | None = None,
-    **amount: Unpack[ComparisonFields],
 ) -> BenchReport:
     """Measure methods as `mixlm.benchmark.bench` does, with what else the plan names."""
-    plan = replace(plan or ComparisonPlan(), **amount)
+    plan = plan or ComparisonPlan()
     if plan.places:
         raise ConfigError("places are given, and nothing is varied", "name a sweep with them")
     ensemble, notes = plan.apply_agreement(ensemble)

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, NamedTuple, cast
 
-from mixlm.benchmark.measure import run_interleaved, settings_record
-from mixlm.benchmark.prediction import measured_costs, predicted_speed
+from mixlm.benchmark.measure import measured_costs, predicted_speed, run_interleaved, settings_record
 from mixlm.benchmark.report import environment
 from mixlm.benchmark.timing import (
     DEFAULT,

@@ -217,15 +217,11 @@ class _ExperimentRun:
         }
 
         def work() -> dict[str, Any]:
-            from mixlm.benchmark import bench
+            from mixlm.benchmark import BenchPlan, bench
 
             ensemble = weighted(self.loaded.get(config), weights)
-            amount: dict[str, Any] = {
-                "tokens": experiment.tokens,
-                "repeats": experiment.repeats,
-                "progress": self.progress,
-            }
-            return bench(ensemble, options=cast(Options, options), **amount).as_dict()
+            plan = BenchPlan(experiment.tokens, experiment.repeats)
+            return bench(ensemble, plan, options=cast(Options, options), progress=self.progress).as_dict()
 
         return self._once(label, settings, work)
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from mixlm.benchmark import bench
-from mixlm.benchmark.ratios import rival_ratios, speed_ratios
+from mixlm.benchmark import BenchPlan, bench
+from mixlm.benchmark.measure import rival_ratios, speed_ratios
 from mixlm.benchmark.timing import TimedRun, contestants, default_draft_name
 from mixlm.binding import MemberSpec
 from mixlm.engines.requests import Forward
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
+from mixlm.fitting.gates import untrained
+from mixlm.routing.gate_router import GateInputs
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def pair() -> Ensemble:
 
 
 def test_every_method_is_measured(pair: Ensemble) -> None:
-    report = bench(pair, tokens=16, repeats=2)
+    report = bench(pair, BenchPlan(tokens=16, repeats=2))
     by_method = {(run.method, run.members): run for run in report.runs}
     assert list(by_method) == [
         ("single", ("toy-1",)),
@@ -39,7 +41,7 @@ def test_every_method_is_measured(pair: Ensemble) -> None:
 
 
 def test_ratios_and_environment_are_named(pair: Ensemble) -> None:
-    form = json.loads(json.dumps(bench(pair, tokens=8, repeats=1).as_dict(), allow_nan=False))
+    form = json.loads(json.dumps(bench(pair, BenchPlan(tokens=8, repeats=1)).as_dict(), allow_nan=False))
     assert set(form["ratios"]) >= {"mixture/conventional", "mixture/single", "mixture/forwards"}
     assert 0 < form["ratios"]["mixture/forwards"] <= 1
     assert form["environment"]["settings"]["weights"] == {"toy-1": 0.75, "toy-2": 0.25}
@@ -48,14 +50,12 @@ def test_ratios_and_environment_are_named(pair: Ensemble) -> None:
 
 def test_progress_reaches_its_end(pair: Ensemble) -> None:
     seen: list[tuple[str, int, int]] = []
-    bench(pair, tokens=4, repeats=1, progress=lambda *values: seen.append(values))
+    bench(pair, BenchPlan(tokens=4, repeats=1), progress=lambda *values: seen.append(values))
     assert seen[-1][1] == seen[-1][2]
 
 
 def test_methods_are_measured_in_the_order_they_are_named(pair: Ensemble) -> None:
-    report = bench(
-        pair, tokens=12, repeats=2, methods=["mixture", "auto", "single", "drafted", "greedy", "speculative"]
-    )
+    report = bench(pair, BenchPlan(12, 2, methods=["mixture", "auto", "single", "drafted", "greedy", "speculative"]))
     labels = ["mixture", "auto", "single toy-1", "single toy-2", "drafted", "greedy", "speculative"]
     assert [run.label for run in report.runs] == labels
     by_label = {run.label: run for run in report.runs}
@@ -73,7 +73,7 @@ def test_methods_are_measured_in_the_order_they_are_named(pair: Ensemble) -> Non
 
 def test_a_named_draft_writes_ahead_where_something_does(pair: Ensemble) -> None:
     options: Any = {"draft": "toy-2", "block": 2}
-    report = bench(pair, tokens=12, repeats=2, methods=["drafted", "speculative", "mixture"], options=options)
+    report = bench(pair, BenchPlan(12, 2, methods=["drafted", "speculative", "mixture"]), options=options)
     assert [run.draft for run in report.runs] == ["toy-2", "toy-2", None]
     drafted, speculative, mixture = report.runs
     # The draft runs for every guess and for the token behind them; the other member once a block.
@@ -93,7 +93,7 @@ def test_every_method_writes_as_many_tokens_and_the_same_ones_by_the_same_noise(
 
 
 def test_a_rule_is_measured_beside_members_alone(pair: Ensemble) -> None:
-    report = bench(pair, tokens=4, repeats=1, options={"rule": "max", "top_k": 3})
+    report = bench(pair, BenchPlan(tokens=4, repeats=1), options={"rule": "max", "top_k": 3})
     assert [run.method for run in report.runs] == ["single", "single", "conventional", "layered"]
 
 
@@ -110,14 +110,19 @@ def test_the_drafts_of_the_report_are_those_of_the_strategies() -> None:
         assert draft.name == expected
 
 
+def test_the_member_that_a_router_observes_drafts(pair: Ensemble) -> None:
+    observing = pair.with_router(untrained(pair.names, GateInputs(("top_k",), "toy-2", 20)))
+    assert [default_draft_name(ensemble) for ensemble in (pair, observing)] == ["toy-1", "toy-2"]
+
+
 def test_unknown_methods_and_members_are_refused(pair: Ensemble) -> None:
     with pytest.raises(ConfigError, match="no method 'mixtur' to measure") as caught:
-        bench(pair, methods=["mixtur"])
+        bench(pair, BenchPlan(methods=["mixtur"]))
     assert "mixture" in str(caught.value)
     with pytest.raises(ConfigError, match="no method is named"):
-        bench(pair, methods=[])
+        bench(pair, BenchPlan(methods=[]))
     with pytest.raises(ConfigError, match="draft is 'toy-3'"):
-        bench(pair, methods=["speculative"], options={"draft": "toy-3"})
+        bench(pair, BenchPlan(methods=["speculative"]), options={"draft": "toy-3"})
 
 
 def test_ratios_are_medians_of_the_ratios_of_a_repeat(pair: Ensemble) -> None:
@@ -144,4 +149,4 @@ def test_ratios_are_medians_of_the_ratios_of_a_repeat(pair: Ensemble) -> None:
 
 def test_too_few_tokens_are_refused(pair: Ensemble) -> None:
     with pytest.raises(ConfigError, match="tokens is 1"):
-        bench(pair, tokens=1)
+        bench(pair, BenchPlan(tokens=1))

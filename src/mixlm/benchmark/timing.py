@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from mixlm.benchmark.report import memory_in_use
-from mixlm.choices import METHODS, Method
+from mixlm.choices import METHODS
 from mixlm.core.options import GenerationOptions, without_rule
 from mixlm.core.rng import Noise
 from mixlm.decoding.drafts import LookupDraft, default_draft
@@ -21,6 +21,7 @@ from mixlm.engines.requests import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.generation.prompt import EncodedPrompt
+from mixlm.routing.base import observed_by
 
 DEFAULT = ("single", "conventional", "mixture")
 # "drafted" is greedy decoding with a draft.
@@ -90,7 +91,7 @@ class EnsembleContestant:
         self.ensemble = ensemble
         self._prompt = prompt
         self.settings = method_settings(ensemble, kind, options)
-        self.draft = draft_name(ensemble, self.settings) if kind in _DRAFTING else None
+        self.draft = self.settings.draft
 
     def measure(self, sequence: int, tokens: int) -> TimedRun:
         """Generate with new sessions, which find nothing in a prefix cache."""
@@ -115,13 +116,12 @@ def contestants(
                 f"{option} is {options[option]!r}, and no method that is measured drafts",
                 f"leave it out, or measure {' or '.join(drafting)} too",
             )
-    competitors: list[EnsembleContestant] = []
-    for kind in dict.fromkeys(checked_kinds(kinds)):
-        ensembles = (
-            [ensemble] if kind != "single" else [single_member(ensemble, i) for i in range(len(ensemble.members))]
-        )
-        competitors += [EnsembleContestant(measured_ensemble, kind, prompt, options) for measured_ensemble in ensembles]
-    return competitors
+    singles = [single_member(ensemble, i) for i in range(len(ensemble.members))]
+    return [
+        EnsembleContestant(measured, kind, prompt, options)
+        for kind in dict.fromkeys(checked_kinds(kinds))
+        for measured in (singles if kind == "single" else [ensemble])
+    ]
 
 
 def checked_kinds(kinds: Sequence[str]) -> Sequence[str]:
@@ -145,23 +145,17 @@ def method_settings(ensemble: Ensemble, kind: str, options: Mapping[str, Any]) -
 
     End-of-text is masked.
     """
-    applicable = {name: value for name, value in options.items() if name != "draft" or kind in _DRAFTING}
-    if kind == "single":
-        applicable = without_rule(applicable)
-    method: Method = next((method for method in METHODS if method == kind), "greedy")
-    if kind == "drafted" and applicable.get("draft") is None:
-        applicable["draft"] = default_draft_name(ensemble)
-    return ensemble.settings(**{"seed": 0, **applicable, "method": method, "ignore_end": True})
-
-
-def draft_name(ensemble: Ensemble, settings: GenerationOptions) -> str:
-    """Return what drafts with these settings: a member's name, or "lookup"."""
-    return settings.draft if settings.draft is not None else default_draft_name(ensemble)
+    draft = (options.get("draft") or default_draft_name(ensemble)) if kind in _DRAFTING else None
+    applicable = without_rule(options) if kind == "single" else options
+    method = "greedy" if kind == "drafted" else kind
+    return ensemble.settings(**{"seed": 0, **applicable, "draft": draft, "method": method, "ignore_end": True})
 
 
 def default_draft_name(ensemble: Ensemble) -> str:
     """Return what drafts unless a draft is named: a member's name, or "lookup"."""
-    member = default_draft([member.engine.weights_bytes for member in ensemble.members], ensemble.weights)
+    observed = observed_by(ensemble.router)
+    sizes = [member.engine.weights_bytes for member in ensemble.members]
+    member = default_draft(sizes, ensemble.weights) if observed is None else observed.member
     return LookupDraft.name if member is None else ensemble.names[member]
 
 

@@ -14,7 +14,7 @@ from mixlm.engines import Engine
 from mixlm.engines.requests import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
-from mixlm.generation.rule_prompt_logprobs import symbol_probabilities
+from mixlm.generation.prompt_logprobs import symbol_probabilities
 from mixlm.inspection.report import PairReport, RuleReport, SpeedEstimate
 from mixlm.scoring.passages import text_prefix
 from mixlm.terminal import Progress

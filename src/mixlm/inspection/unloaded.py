@@ -54,10 +54,10 @@ def _described_folder(spec: EngineSpec) -> Engine:
     named = replace(spec, name=name)
     device = parse_device(spec.device)
     dtype = parse_dtype(spec.dtype, device)
-    memory = planned_memory(source, named, dtype, device)
+    model = empty_model(source, named)
+    memory = planned_memory(model, source, named, dtype, device)
     adapter_size = 0 if spec.adapter is None else adapter_bytes(spec.adapter)
     memory[next(iter(memory))] += adapter_size
-    model = empty_model(source, named)
     setup = TokenizerSetup.load(source, named.name, trust_remote_code=spec.trust_remote_code)
     text = setup.text_interface(named, vocabulary_size(model))
     details = {

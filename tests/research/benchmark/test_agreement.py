@@ -15,7 +15,7 @@ from mixlm.engines.base import total_weight_bytes
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
-from research.benchmark import compare
+from research.benchmark import ComparisonPlan, compare
 from research.benchmark.agreement import AgreementDistribution, AgreementEngine, agreement_note, with_agreement
 
 
@@ -55,9 +55,8 @@ def test_the_distribution_is_a_function_of_the_last_three_tokens() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
 def test_guesses_are_right_as_often_as_members_agree(share: float) -> None:
-    report = compare(
-        pair(), tokens=300, repeats=2, methods=["speculative"], agreement=share, options={"draft": "toy-1"}
-    )
+    plan = ComparisonPlan(300, 2, methods=["speculative"], agreement=share)
+    report = compare(pair(), plan, options={"draft": "toy-1"})
     [run] = report.runs
     assert run.acceptance is not None
     assert abs(run.acceptance - share) <= 4 * np.sqrt(share * (1 - share) / run.drafted)
@@ -81,7 +80,7 @@ def test_forwards_are_run_by_the_models_themselves() -> None:
     ensemble = with_agreement(shapes(), 1.0)
     engine = ensemble.members[0].engine
     assert isinstance(engine, AgreementEngine)
-    [run] = compare(shapes(), tokens=10, repeats=1, methods=["conventional"], agreement=1.0).runs
+    [run] = compare(shapes(), ComparisonPlan(10, 1, methods=["conventional"], agreement=1.0)).runs
     assert run.forwards == {"small": 10, "large": 10}
     assert all(seconds > 0 for by in run.seconds_by_forward_length.values() for seconds in by.values())
     assert agreement_note(1.0) in engine.notes

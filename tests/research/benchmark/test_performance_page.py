@@ -98,7 +98,9 @@ def test_reports_go_into_their_places_and_twice_is_once(tmp_path: Path) -> None:
     pair = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)])
     small: dict[str, Any] = {"tokens": 6, "repeats": 1}
     reports = {
-        "cpu-methods": compare(pair, methods=["single", "mixture", "speculative"], rivals=True, **small).as_dict(),
+        "cpu-methods": compare(
+            pair, ComparisonPlan(methods=["single", "mixture", "speculative"], rivals=True, **small)
+        ).as_dict(),
         "cpu-batch-two": sweep_along("batch", pair, ComparisonPlan(places=[1, 2], **small)).as_dict(),
         "cpu-weights": sweep_along(
             "weights", pair, ComparisonPlan(places=[0, 1], methods=["mixture"], **small)

@@ -9,13 +9,13 @@ from mixlm.binding import MemberSpec
 from mixlm.engines.toy import ToyEngine
 from mixlm.engines.transformers.kv_cache import ATTENTION_NAME
 from mixlm.ensemble import Ensemble
-from research.benchmark import compare
+from research.benchmark import ComparisonPlan, compare
 from research.benchmark.rivals import ASSISTED, Rival, available_rivals
 
 
 @pytest.mark.slow
 def test_each_member_alone_and_both_together_are_rows_of_their_own() -> None:
-    report = compare(shapes((1, 3)), tokens=12, repeats=1, methods=["single", "mixture"], rivals=True)
+    report = compare(shapes((1, 3)), ComparisonPlan(12, 1, methods=["single", "mixture"], rivals=True))
     by_label = {run.label: run for run in report.runs}
     assert list(by_label)[3:] == ["transformers small", "transformers large", ASSISTED]
     assert by_label["transformers large"].forwards == {"large": 12}
@@ -96,6 +96,6 @@ def test_adapters_are_mixlms_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_agreement_by_construction_is_mixlms_own() -> None:
-    report = compare(shapes(), tokens=4, repeats=1, methods=["mixture"], rivals=True, agreement=0.5)
+    report = compare(shapes(), ComparisonPlan(4, 1, methods=["mixture"], rivals=True, agreement=0.5))
     assert [run.label for run in report.runs] == ["mixture", "transformers small", "transformers large"]
     assert any("agreement by construction is not known to it" in note for note in report.notes)

@@ -128,7 +128,7 @@ def test_places_that_cannot_be_are_refused(pair: Ensemble, axis: str, places: Se
     with pytest.raises(ConfigError, match=message):
         sweep_along(axis, pair, ComparisonPlan(places=places, **SMALL))
     with pytest.raises(ConfigError, match="nothing is varied"):
-        compare(pair, places=[1])
+        compare(pair, ComparisonPlan(places=[1]))
 
 
 def test_a_weight_of_one_among_three_has_no_axis() -> None:
@@ -143,7 +143,7 @@ def test_every_report_can_be_written_as_json_and_drawn(pair: Ensemble, axis: str
     pytest.importorskip("matplotlib")
     places = {"batch": [1, 2], "context": [20, 40], "members": [1, 2], "weights": [0, 1]}.get(axis or "", [])
     if axis is None:
-        form = compare(pair, methods=["single", "mixture", "auto"], **SMALL).as_dict()
+        form = compare(pair, ComparisonPlan(methods=["single", "mixture", "auto"], **SMALL)).as_dict()
     else:
         form = sweep_along(axis, pair, ComparisonPlan(places=places, methods=METHODS[axis], **SMALL)).as_dict()
         assert set(form) >= {"sweep", "axis", "points", "environment", "notes"}

@@ -10,7 +10,7 @@ import torch
 from tiny import LARGE, shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixlm.benchmark.prediction import predicted_speed
+from mixlm.benchmark.measure import predicted_speed
 from mixlm.benchmark.timing import TimedRun, contestants
 from mixlm.binding import MemberSpec
 from mixlm.core.rng import Noise
@@ -33,7 +33,7 @@ from mixlm.engines.transformers.dummy_weights import SHAPES
 from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
-from research.benchmark import compare
+from research.benchmark import ComparisonPlan, compare
 from research.benchmark.agreement import with_agreement
 from research.benchmark.roofline import H100, DeviceSpec, ForwardNeeds, batch_share
 
@@ -68,7 +68,7 @@ def test_c_and_s_are_found_again_and_prompts_left_out() -> None:
 @pytest.mark.slow
 def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> None:
     weights = np.array([0.5, 0.3, 0.2])
-    [run] = compare(toys((0.5, 0.3, 0.2)), tokens=3000, repeats=1, methods=["mixture"]).runs
+    [run] = compare(toys((0.5, 0.3, 0.2)), ComparisonPlan(3000, 1, methods=["mixture"])).runs
     for name, weight in zip(run.members, weights, strict=True):
         assert run.forwards[name] / 3000 == pytest.approx(weight, abs=0.03)
     # Every member but the last to be sampled has read every token: tokens in all over forwards is 1/λ.
@@ -86,7 +86,7 @@ def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> N
 def test_forwards_of_the_member_that_checks(weight: float, share: float, block: int) -> None:
     options: Any = {"draft": "toy-0", "block": block}
     ensemble = toys((weight, 1 - weight))
-    [run] = compare(ensemble, tokens=1600, repeats=1, methods=["speculative"], agreement=share, options=options).runs
+    [run] = compare(ensemble, ComparisonPlan(1600, 1, methods=["speculative"], agreement=share), options=options).runs
     observed = run.forwards["toy-1"] / 1600
     assert observed == pytest.approx((1 - weight) * (1 - share) / (1 - share ** (block + 1)), rel=0.08)
     # With c of the draft 0, the cost model counts the other member's forwards and nothing else.
@@ -111,7 +111,7 @@ def test_a_draft_of_a_tenth_that_is_right_four_times_of_five_nearly_halves_the_t
 def test_forwards_of_greedy_with_a_draft(block: int) -> None:
     options: Any = {"draft": "toy-0", "block": block}
     ensemble = toys((1, 1))
-    [run] = compare(ensemble, tokens=1500, repeats=1, methods=["drafted"], agreement=0.7, options=options).runs
+    [run] = compare(ensemble, ComparisonPlan(1500, 1, methods=["drafted"], agreement=0.7), options=options).runs
     assert run.acceptance is not None
     for c in ((0.0, 1.0), (1.0, 0.0), (0.2, 1.0)):
         expected = drafted_greedy_seconds(ensemble.weights, costs(*c), DraftPlan(0, block, run.acceptance))

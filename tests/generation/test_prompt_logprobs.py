@@ -14,7 +14,6 @@ from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation import prompt_logprobs as given
-from mixlm.generation import rule_prompt_logprobs as rule_given
 from mixlm.routing import FunctionRouter
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import router_weights
@@ -173,7 +172,7 @@ def test_under_a_rule_each_token_has_the_rules_probability(rule, monkeypatch):
             assert token.logprob == pytest.approx(expected.get(token.data, -np.inf), abs=1e-5)
             assert token.top_logprobs[0].logprob == pytest.approx(max(expected.values()), abs=1e-5)
         before += token.text
-    monkeypatch.setattr(rule_given, "POSITIONS", 64)
+    monkeypatch.setattr(given, "POSITIONS", 64)
     assert ensemble.generate(TEXT, score_prompt=True, max_tokens=0, **options).prompt == prompt
 
 
@@ -193,8 +192,8 @@ def test_a_prompt_under_a_rule_is_scored_in_small_steps():
     settings = ensemble.settings(raw=True, rule="max", score_prompt=True, max_tokens=0)
     generation = ensemble.context(settings).start(ensemble.encode_prompt(TEXT, settings))
     requests = generation.requests()
-    assert [request.last for request in requests] == [rule_given.POSITIONS] * 2
-    assert rule_given.POSITIONS < 8
+    assert [request.last for request in requests] == [given.POSITIONS] * 2
+    assert given.POSITIONS < 8
     generation.release()
 
 

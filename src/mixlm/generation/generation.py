@@ -335,18 +335,14 @@ class Generation(Iterator[Token]):
                 continue
 
     def _score_prompt(self) -> RequestFlow[tuple[Token, ...]]:
-        from mixlm.generation.prompt_logprobs import prompt_tokens
+        from mixlm.generation.prompt_logprobs import prompt_tokens, rule_prompt_tokens
 
-        context, prompt = self._context, (self._prompt.ids, self._prompt.text)
-        router = context.scoring_router
-        if context.settings.rule is not None and context.target is not None:
-            from mixlm.generation.rule_prompt_logprobs import rule_prompt_tokens
-
-            assert isinstance(router, FixedRouter)
-            taking_part = context.target.rows(router.weights)
-            scored = context.target.scored
-            return (yield from rule_prompt_tokens(scored, taking_part, context.members, context.unit, prompt))
-        return (yield from prompt_tokens(context.members, context.unit, router, prompt))
+        context, target, router = self._context, self._context.target, self._context.scoring_router
+        if context.settings.rule is None or target is None:
+            return (yield from prompt_tokens(context.members, context.sessions, context.unit, router, self._prompt))
+        assert isinstance(router, FixedRouter)
+        taking_part = target.rows(router.weights)
+        return (yield from rule_prompt_tokens(target.scored, taking_part, context.members, context.unit, self._prompt))
 
     def _stop_strings(self) -> list[str]:
         """Return the strings that end the text; those of chat templates not where a schema says where it ends."""

@@ -28,7 +28,7 @@ from mixlm.engines.topk_only import full_distribution_error
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.dispatch import drive
-from mixlm.generation.rule_prompt_logprobs import GivenText, symbol_probabilities
+from mixlm.generation.prompt_logprobs import GivenText, symbol_probabilities
 from mixlm.generation.target import assign_roles, scored_rule
 from mixlm.routing.base import FixedRouter
 from mixlm.scoring.passages import Before, Passage, bare_passages

@@ -29,9 +29,8 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.spellings import token_strings
 from mixlm.loading import load, load_config
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.verification import baselines as references
-from mixlm.verification.baselines import BaselineMember
 from mixlm.verification.check import check
+from mixlm.verification.exact import SpellingMember, gac_distribution, unite_distribution
 
 PLACES = [(), (b"a",), (b"ab", b"b", b"c")]
 PUBLISHED = {**OPTIONS, "most likely": {"temperature": 0.0}}
@@ -81,10 +80,9 @@ def reference(ensemble: Ensemble, options: dict, pieces=(), prompt: str = "ab") 
         symbols = ensemble.unit.symbols(i)
         history = TokenHistory.from_tokens(np.array(read, dtype=np.int64), np.array(ids, dtype=np.int64))
         probs = dense_distribution(logits, settings.member_sampling({}), np.flatnonzero(symbols < 0), history)
-        parts.append(BaselineMember(float(ensemble.weights[i]), probs, symbols, toy))
-    result = references.baseline_distribution(
-        options["rule"], parts, ensemble.unit.end + 1, settings.combined_sampling({})
-    )
+        parts.append(SpellingMember(float(ensemble.weights[i]), probs, symbols, toy))
+    published = gac_distribution if options["rule"] == "gac" else unite_distribution
+    result = published(parts, ensemble.unit.end + 1, settings.combined_sampling({}))
     return {
         END if u == ensemble.unit.end else ensemble.unit.symbol_bytes(u): float(p)
         for u, p in enumerate(result)
@@ -242,9 +240,10 @@ def test_check_compares_conventional_with_the_rules_own_distribution(options, mo
     assert report.equal
 
     from mixlm.decoding.conventional import conventional
+    from mixlm.generation.target import average_target
 
     for module in ("conventional", "layered"):
-        monkeypatch.setattr(f"mixlm.decoding.{module}.build", lambda options, context: conventional)
+        monkeypatch.setattr(f"mixlm.decoding.{module}.build", lambda options, context: conventional(average_target()))
     assert not check(ensemble, "ab" if options["rule"] == "unite" else "a", samples=400, options=settings).equal
 
 

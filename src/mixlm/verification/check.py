@@ -134,7 +134,7 @@ def check(
     if observed_by(ensemble.router) is not None:
         methods.remove("layered")  # which takes no router that observes a member
     methods = [method for method in methods if method in ensemble.unit.traits.methods]
-    pairs: dict[str, list[Outcome]] = {}
+    sampled: dict[str, list[Outcome]] = {}
     results: list[CheckResult] = []
     exact_references: dict[str, ExactReference] = {}
     memos = memo_sessions(ensemble)
@@ -159,14 +159,14 @@ def check(
         if greedy:
             results += _greedy(ensemble, outcomes[0], exact, reference.tolerance)
             continue
-        pairs[method] = outcomes
-        method_results = [_against_exact(method, ensemble.unit.name, outcomes, exact, position) for position in (1, 2)]
-        results += [_with_tolerance(result, reference.tolerance) for result in method_results]
+        sampled[method] = outcomes
+        for position in (1, 2):
+            result = _against_exact(method, ensemble.unit.name, outcomes, exact, position)
+            results.append(_with_tolerance(result, reference.tolerance))
     other = "mixture" if settings.rule is None else "layered"
-    if "conventional" in pairs and other in pairs:
-        results += [
-            _between(ensemble.unit.name, other, pairs[other], pairs["conventional"], position) for position in (1, 2)
-        ]
+    if "conventional" in sampled and other in sampled:
+        texts = sampled[other], sampled["conventional"]
+        results += [_between(ensemble.unit.name, other, *texts, position) for position in (1, 2)]
     return CheckReport(_adjusted(results))
 
 
@@ -280,11 +280,10 @@ def _compared(about: tuple[str, str, str], position: int, counts: npt.NDArray[An
     return CheckResult(*about, position, int(totals[0, 0]), statistic, p_value, variation, noise, equal=False)
 
 
-def _chi_square(observed: npt.NDArray[Any], expected: Floats) -> tuple[float, float]:
+def _chi_square(rows: npt.NDArray[Any], expected_rows: Floats) -> tuple[float, float]:
     """Return Pearson's statistic and p-value of one row of counts, or of several rows with a common distribution."""
     from scipy.stats import chi2
 
-    rows, expected_rows = np.atleast_2d(observed), np.atleast_2d(expected)
     if (rows[expected_rows == 0] > 0).any():
         return float(rows.sum()), 0.0  # something was sampled that cannot be
     usual = expected_rows.min(axis=0) >= 5
@@ -308,10 +307,6 @@ def _greedy(ensemble: Ensemble, outcome: Outcome, exact: ExactReference, toleran
         distribution = exact.distribution(outcome[: position - 1])
         # Equally likely symbols may be ordered by rounding alone.
         same = bool(distribution[symbol] >= distribution.max() * (1 - 1e-5) - 2 * tolerance)
-        p_value, distance = float(same), float(not same)
-        comparisons.append(
-            CheckResult(
-                "greedy", "exact", ensemble.unit.name, position, 1, distance, p_value, distance, 0.0, equal=same
-            )
-        )
+        about, other = ("greedy", "exact", ensemble.unit.name), float(not same)
+        comparisons.append(CheckResult(*about, position, 1, other, float(same), other, 0.0, equal=same))
     return comparisons

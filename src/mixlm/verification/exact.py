@@ -6,12 +6,11 @@ implemented directly from its definition.
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,15 +23,16 @@ from mixlm.core.sampling import TokenHistory, dense_distribution
 from mixlm.engines.base import Engine, respond
 from mixlm.engines.requests import LogitsAndHidden, LogitsRequest
 from mixlm.ensemble import Ensemble
+from mixlm.errors import TokenizerError
 from mixlm.generation.generation import bits_per_byte
 from mixlm.generation.prompt import EncodedPrompt
+from mixlm.generation.spellings import token_strings
 from mixlm.generation.target import assign_roles, mode_sampling
 from mixlm.routing.base import CheckedRoute, Observation, PromptContext
 from mixlm.routing.observation import observation
-from mixlm.types import Candidates, Floats, Ids, Logits, TopKFilter
+from mixlm.types import Candidates, Floats, Ids, Logits, Sampling, TopKFilter
 from mixlm.units.base import TextState
 from mixlm.units.word import WordState, WordUnit, begins_word
-from mixlm.verification import baselines as references
 from mixlm.verification.sampling import Outcome
 
 _FIRST_SYMBOLS = 24  # how many first symbols get a distribution of their own for the second; the rest share one cell
@@ -79,15 +79,16 @@ class ExactReference:
         """Return what a rule makes of the members' distributions over the whole vocabulary."""
         ensemble, settings = self._ensemble, self._settings
         after = settings.combined_sampling(ensemble.members[0].sampling)
-        published = "gac" if rule.alignment == "strings" else "unite" if settings.rule == "unite" else None
-        if published == "gac" or (published == "unite" and not ensemble.unit.traits.shared_vocabulary):
+        of_spellings = rule.alignment == "strings"
+        if of_spellings or (settings.rule == "unite" and not ensemble.unit.traits.shared_vocabulary):
             assert after is not None
             after = replace(after, temperature=0.0) if settings.method == "greedy" else after
             parts = [
-                references.BaselineMember(float(weight), self._probs(i, state), ensemble.unit.symbols(i), member.engine)
+                SpellingMember(float(weight), self._probs(i, state), ensemble.unit.symbols(i), member.engine)
                 for i, (weight, member) in enumerate(zip(weights, ensemble.members, strict=True))
             ]
-            return references.baseline_distribution(published, parts, ensemble.unit.end + 1, after)
+            published = gac_distribution if of_spellings else unite_distribution
+            return published(parts, ensemble.unit.end + 1, after)
         if rule.roles:
             rows = assign_roles(rule, ensemble.names, [member.role for member in ensemble.members])
             weights = np.full(len(rows), 1 / len(rows))
@@ -136,10 +137,7 @@ class ExactReference:
     def _member(self, i: int, state: TextState, only: npt.NDArray[np.bool_] | None = None) -> Floats:
         """Return a member's distribution over symbols, restricted to `only`; 0 if nothing is left."""
         symbols = self._ensemble.unit.symbols(i)
-        probs = self._probs(i, state, only)
-        distribution = np.zeros(self._ensemble.unit.end + 1)
-        np.add.at(distribution, symbols[symbols >= 0], probs[symbols >= 0])
-        return distribution
+        return _by_symbol(self._probs(i, state, only), symbols, self._ensemble.unit.end + 1)
 
     def _probs(self, i: int, state: TextState, only: npt.NDArray[np.bool_] | None = None) -> Floats:
         """Return a member's distribution over its own ids, float64 (vocab,). only: symbols that may be sampled."""
@@ -149,7 +147,7 @@ class ExactReference:
         allowed = (symbols >= 0) & (self._may_end | (symbols != self._ensemble.unit.end))
         if self._settings.language is not None:
             grammar = self._ensemble.grammars.for_language(self._settings.language)[i]
-            permitted = grammar.matcher().allowed(state.tail(sys.maxsize))
+            permitted = grammar.matcher().allowed(state.substring())
             allowed &= permitted if permitted is not None else False
         if only is not None:
             allowed &= only[symbols]
@@ -272,3 +270,72 @@ def _whole_logits(engine: Engine, ids: Ids, permitted: npt.NDArray[np.bool_] | N
     logits = np.full(engine.vocabulary.size, -np.inf, dtype=np.float32)
     logits[reported.ids] = reported.logprobs
     return logits
+
+
+def _by_symbol(probs: Floats, symbols: Ids, size: int) -> Floats:
+    """Return a distribution over a member's ids as one over symbols, float64 (size,); -1 is no symbol."""
+    distribution = np.zeros(size)
+    np.add.at(distribution, symbols[symbols >= 0], probs[symbols >= 0])
+    return distribution
+
+
+class SpellingMember(NamedTuple):
+    """A member at one position: its weight, its distribution over its own ids, float64 (vocab,), and their symbols."""
+
+    weight: float
+    probs: Floats
+    symbols: Ids
+    engine: Engine
+
+
+def gac_distribution(parts: Sequence[SpellingMember], size: int, after: Sampling) -> Floats:
+    """Return the distribution of `gac` as a plain sum, float64 (size,). after: what is applied to its average."""
+    average: dict[str, float] = {}
+    symbol_of: dict[str, int] = {}
+    for part in parts:
+        spelled = token_strings(part.engine.vocabulary)
+        for i in np.flatnonzero(part.symbols >= 0).tolist():
+            symbol_of.setdefault(spelled[i], int(part.symbols[i]))
+            average[spelled[i]] = average.get(spelled[i], 0.0) + part.weight * float(part.probs[i])
+    chosen = _after(np.array(list(average.values())), after)
+    return _by_symbol(chosen, np.array([symbol_of[text] for text in average]), size)
+
+
+def unite_distribution(parts: Sequence[SpellingMember], size: int, after: Sampling) -> Floats:
+    """Return the distribution of `unite` as a plain sum, float64 (size,). after: what is applied to its average."""
+    distributions = [_by_symbol(part.probs, part.symbols, size) for part in parts]
+    union: set[int] = set()
+    for part, distribution in zip(parts, distributions, strict=True):
+        if part.weight > 0:
+            threshold = np.sort(distribution)[-min(after.top_k, size)]
+            union |= set(np.flatnonzero(distribution >= max(threshold, 1e-300)).tolist())
+    tokens = {
+        u: next(part.engine.vocabulary.tokens[(part.symbols == u).argmax()] for part in parts if u in part.symbols)
+        for u in union
+    }
+    average = np.zeros(size)
+    for part, distribution in zip(parts, distributions, strict=True):
+        probabilities = {
+            u: float(distribution[u]) if u in part.symbols else _first(part, distribution, tokens[u]) for u in union
+        }
+        for u in union:
+            average[u] += part.weight * probabilities[u] / sum(probabilities.values())
+    return _after(average, replace(after, top_k=0))
+
+
+def _first(part: SpellingMember, distribution: Floats, data: bytes) -> float:
+    """Return the probability of the first token that a member spells some bytes with."""
+    try:
+        ids = part.engine.encoder.encode(data).ids
+    except TokenizerError:
+        return 0.0
+    return float(distribution[part.symbols[ids[0]]]) if ids and part.symbols[ids[0]] >= 0 else 0.0
+
+
+def _after(average: Floats, after: Sampling) -> Floats:
+    if after.temperature == 0:
+        chosen = np.zeros(len(average))
+        chosen[int(np.argmax(average))] = 1.0
+        return chosen
+    with np.errstate(divide="ignore"):
+        return dense_distribution(np.log(average), after, np.zeros(0, dtype=np.int64))

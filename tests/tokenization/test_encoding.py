@@ -327,6 +327,7 @@ LOOKING_AHEAD = {
     "behind": (r"(?<=a)b|\d", "isolated"),
     "word edges": (r"\bthe\b|\d+", "contiguous"),
     "again": (r"(.)\1", "isolated"),
+    "counted twice": ("tha?{2}er|.", "isolated"),
     "folding": (r"(?i:st|ss)|\p{L}", "isolated"),
     "lines": (r"[^\n]+|\n+", "isolated"),
 }
@@ -352,6 +353,7 @@ def _looking_ahead(name: str) -> Tokenizer:
 )
 @example(parts=list("12345678"), lengths=[1] * 8)
 @example(parts=list("aaaaaab"), lengths=[1] * 8)
+@example(parts=["the", "r"], lengths=[3])
 @example(parts=["the", " ", "the", " ", "a", " ", "1"], lengths=[1] * 12)
 def test_a_pre_tokenizer_that_looks_ahead_gives_the_ids_of_the_whole(name, parts, lengths):
     tokenizer = _looking_ahead(name)
@@ -364,7 +366,7 @@ def test_where_a_pattern_stops_looking_ahead_text_is_stable(name):
     assert encoder(_looking_ahead(name)).encode(data).stable_bytes >= 12
 
 
-@pytest.mark.parametrize("name", ["whole text", "behind", "word edges", "again"])
+@pytest.mark.parametrize("name", ["whole text", "behind", "word edges", "again", "counted twice"])
 def test_where_nothing_can_be_proven_nothing_is_stable(name):
     assert encoder(_looking_ahead(name)).encode(b"abc 12 def\n\nthe end, 12.").stable_bytes == 0
 

@@ -14,7 +14,7 @@ from unicodedata import category
 
 import numpy as np
 
-from mixlm.tokenization.lookahead import PatternReach, UnprovableError
+from mixlm.tokenization.lookahead import PatternReach, UnprovableError, escaped
 from mixlm.tokenization.vocabulary import SPACE, describe, encode_text, flatten_component, load_component, token_names
 
 # The pattern of ByteLevel, GPT-2's, and that of Whitespace.
@@ -317,7 +317,7 @@ def _splitter_reaches(parts: Sequence[Mapping[str, Any]]) -> list[tuple[Reach, M
 
 
 def _pattern_reach(pattern: Mapping[str, str]) -> PatternReach:
-    return PatternReach(pattern["Regex"]) if "Regex" in pattern else PatternReach(pattern["String"], literal=True)
+    return PatternReach(pattern["Regex"] if "Regex" in pattern else "".join(map(escaped, pattern["String"])))
 
 
 def _respelled(text: str, spelling: Mapping[str, str]) -> str:

@@ -8,13 +8,20 @@ regular-expression library that the tokenizer itself uses. Every simplification 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 _MOST_POSITIONS = 600
-_CLASS_ESCAPES = frozenset("sSdDwWhH")
-_CONTROL_ESCAPES = frozenset("rntfvea")
+# The parts of a pattern. None of them matches where it looks behind or back, or where its form is not known here.
+_ESCAPE = r"\\(?:[pPxu]\{[^}]*\}|x..|u....|[sSdDwWhHrntfvea]|[\W_])"
+_CLASS = "(?!)"
+for _ in range(4):  # classes stand in classes
+    _CLASS = rf"\[\^?(?!\])(?:{_ESCAPE}|\[:.*?:\]|{_CLASS}|[^\[\]\\])+\]"
+_GROUP = r"\((?![?*])|\(\?(?:[=!>]|<(?![=!])[^>]*>|[i-]*:|[i-]+\))"
+_TOKEN = re.compile(rf"{_GROUP}|{_CLASS}|{_ESCAPE}|\\z|\{{(?:\d+,?\d*|,\d+)\}}|[^\\\[({{^]", re.DOTALL)
 
 
 class UnprovableError(Exception):
@@ -37,24 +44,21 @@ class PatternReach:
 
     Args:
         pattern: A regular expression in Oniguruma's syntax, as `tokenizers.Regex` takes it.
-        literal: The pattern is a string to be found as it stands.
 
     Raises:
         UnprovableError: the pattern looks behind or has a part that is not known here.
     """
 
-    def __init__(self, pattern: str, *, literal: bool = False) -> None:
+    def __init__(self, pattern: str) -> None:
         self._atoms: list[str] = []  # by position
         self._follow: list[int] = []
         self._folds = False
-        self._source, self._at = pattern, 0
-        if literal:
-            whole = self._join([self._position(_escaped(character)) for character in pattern])
-        else:
-            whole = self._alternatives(folds=False)
-            if self._at < len(pattern):
-                raise UnprovableError
-        self.nullable = whole.nullable
+        self._tokens, self._at = [*_TOKEN.findall(pattern), ")"], 0
+        if "".join(self._tokens) != f"{pattern})":
+            raise UnprovableError
+        self.nullable = self._alternatives(folds=False).nullable
+        if self._at < len(self._tokens) - 1:
+            raise UnprovableError
         self._distinct = {atom: sum(1 << i for i, a in enumerate(self._atoms) if a == atom) for atom in self._atoms}
         self._every = (1 << len(self._atoms)) - 1
         self._takers = lru_cache(1 << 16)(self._find_takers)  # some scripts have tens of thousands of characters
@@ -95,122 +99,84 @@ class PatternReach:
                 positions |= bit
         return positions
 
-    # The parser: each method reads from `_at` on and returns a fragment.
+    # The parser: each method reads tokens from `_at` on and returns a fragment.
 
     def _alternatives(self, *, folds: bool) -> _Fragment:
-        parts = [_EMPTY]
-        options = []
-        while self._at < len(self._source) and self._source[self._at] != ")":
-            if self._accept("|"):
-                options.append(self._join(parts))
-                parts = []
-                continue
-            start = self._at
-            if self._source.startswith("(?", start) and (flags := _flags_alone(self._source, start)) is not None:
-                self._at += len(flags) + 3
-                folds = _folds(flags, folds)
-                rest = self._alternatives(folds=folds)  # holds for what follows in the group, alternatives included
-                parts.append(rest)
-                break
-            before = len(self._atoms)
-            parts.append(self._repeated(self._atom(folds), start, before, folds))
-        options.append(self._join(parts))
+        """Read what is in a group."""
+        options = [_EMPTY]
+        while (token := self._tokens[self._at]) != ")":
+            if token == "|":
+                self._at += 1
+                options.append(_EMPTY)
+            elif token.startswith("(?") and token.endswith(")"):
+                self._at += 1  # the flags hold for what follows in the group, alternatives included
+                options[-1] = self._joined(options[-1], self._alternatives(folds=_folds(token, folds)))
+            else:
+                options[-1] = self._joined(options[-1], self._repeated(folds))
         return _Fragment(
             any(option.nullable for option in options),
             _union(option.first for option in options),
             _union(option.last for option in options),
         )
 
-    def _atom(self, folds: bool) -> _Fragment:
-        source, start = self._source, self._at
-        character = source[start]
-        self._at += 1
-        if character == "(":
-            return self._group(folds)
-        if character == "[":
-            self._at = _class_end(source, start)
-            return self._position(source[start : self._at], folds)
-        if character == "\\":
-            self._at = _escape_end(source, start)
-            return _EMPTY if source[start : self._at] == "\\z" else self._position(source[start : self._at], folds)
-        if character == "$":  # the end of a line: looks at most one character ahead
-            return self._position("\\n")._replace(nullable=True, last=0)
-        if character in "^*+?{)":
-            raise UnprovableError
-        return self._position("." if character == "." else _escaped(character), folds)
-
-    def _group(self, folds: bool) -> _Fragment:
-        ahead = False
-        if self._accept("?"):
-            if self._accept("=") or self._accept("!"):
-                ahead = True
-            elif self._accept("<"):
-                name_end = self._source.find(">", self._at)
-                if name_end < 0 or self._source[self._at] in "=!":
-                    raise UnprovableError
-                self._at = name_end + 1
-            elif not self._accept(">"):
-                flags_end = self._source.find(":", self._at)
-                if flags_end < 0:
-                    raise UnprovableError
-                folds = _folds(self._source[self._at : flags_end], folds)
-                self._at = flags_end + 1
-        elif self._source.startswith("*", self._at):
-            raise UnprovableError
-        inner = self._alternatives(folds=folds)
-        if not self._accept(")"):
-            raise UnprovableError
-        return _Fragment(True, inner.first, 0) if ahead else inner
-
-    def _repeated(self, fragment: _Fragment, start: int, before: int, folds: bool) -> _Fragment:
-        """Apply the quantifiers that follow. A lazy or possessive one reads no more than a greedy one."""
-        source_end = self._at
-        while self._at < len(self._source) and self._source[self._at] in "*+?{":
-            sign = self._source[self._at]
+    def _repeated(self, folds: bool) -> _Fragment:
+        """Read an atom with its quantifiers. A lazy or possessive one reads no more than a greedy one."""
+        start = self._at
+        fragment = self._atom(folds)
+        if self._tokens[self._at][0] == "{":
+            fragment = self._counted(fragment, start, folds)
+        while (sign := self._tokens[self._at]) in ("*", "+", "?"):
             self._at += 1
-            if sign == "?":
-                fragment = fragment._replace(nullable=True)
-            elif sign in "*+":
+            if sign != "?":
                 self._connect(fragment.last, fragment.first)
-                fragment = fragment._replace(nullable=fragment.nullable or sign == "*")
-            else:
-                fragment = self._counted(fragment, start, source_end, folds)
+            fragment = fragment._replace(nullable=fragment.nullable or sign != "+")
+        if sign[0] == "{":  # it counts what is repeated already
+            raise UnprovableError
         return fragment
 
-    def _counted(self, fragment: _Fragment, start: int, source_end: int, folds: bool) -> _Fragment:
-        end = self._source.find("}", self._at)
-        low, comma, high = self._source[self._at : end].partition(",")
-        if end < 0 or not (low + high).isdigit() or not (low or high):
-            raise UnprovableError
-        self._at = end + 1
-        least = int(low or 0)
-        highest = least if not comma else int(high) if high else None
-        copies = [fragment]
-        resume = self._at
-        for _ in range(max(least, highest or 1) - 1):
-            self._at = start
-            copy = self._atom(folds)
-            if self._at != source_end:  # a quantifier of a quantifier
+    def _atom(self, folds: bool) -> _Fragment:
+        token = self._tokens[self._at]
+        self._at += 1
+        if token[0] == "(":
+            inner = self._alternatives(folds=_folds(token, folds) if token.endswith(":") else folds)
+            self._at += 1
+            if self._at == len(self._tokens):
                 raise UnprovableError
-            copies.append(copy)
-        self._at = resume
-        if highest == 0:
+            return _Fragment(True, inner.first, 0) if token in ("(?=", "(?!") else inner
+        if token == "\\z":
             return _EMPTY
-        copies = [copy if i < least else copy._replace(nullable=True) for i, copy in enumerate(copies)]
-        if highest is None:
-            self._connect(copies[-1].last, copies[-1].first)
-        return self._join(copies)
+        if token == "$":  # the end of a line: looks at most one character ahead
+            return self._position("\\n")._replace(nullable=True, last=0)
+        if token[0] in "*+?{":
+            raise UnprovableError
+        return self._position(token if len(token) > 1 or token == "." else escaped(token), folds)
 
-    def _join(self, parts: list[_Fragment]) -> _Fragment:
+    def _counted(self, fragment: _Fragment, start: int, folds: bool) -> _Fragment:
+        """Read how often an atom stands, which begins at a token; it is read again for each time."""
+        least, comma, most = self._tokens[self._at][1:-1].partition(",")
+        low, resume = int(least or 0), self._at + 1
+        high = int(most) if most else None if comma else low
+        if high is not None and high < low:
+            raise UnprovableError
+        copies = [fragment]
+        for _ in range(max(low, high or 1) - 1):
+            self._at = start
+            copies.append(self._atom(folds))
+        self._at = resume
+        if high is None:
+            self._connect(copies[-1].last, copies[-1].first)
         whole = _EMPTY
-        for part in parts:
-            self._connect(whole.last, part.first)
-            whole = _Fragment(
-                whole.nullable and part.nullable,
-                whole.first | (part.first if whole.nullable else 0),
-                part.last | (whole.last if part.nullable else 0),
-            )
+        for number, copy in enumerate(copies if high != 0 else ()):
+            whole = self._joined(whole, copy if number < low else copy._replace(nullable=True))
         return whole
+
+    def _joined(self, left: _Fragment, right: _Fragment) -> _Fragment:
+        self._connect(left.last, right.first)
+        return _Fragment(
+            left.nullable and right.nullable,
+            left.first | (right.first if left.nullable else 0),
+            right.last | (left.last if right.nullable else 0),
+        )
 
     def _connect(self, last: int, first: int) -> None:
         while last:
@@ -231,75 +197,21 @@ class PatternReach:
         self._follow.append(0)
         return _Fragment(False, bit, bit)
 
-    def _accept(self, sign: str) -> bool:
-        accepted = self._source.startswith(sign, self._at)
-        self._at += len(sign) if accepted else 0
-        return accepted
-
 
 def _union(masks: Iterable[int]) -> int:
-    result = 0
-    for mask in masks:
-        result |= mask
-    return result
+    return reduce(or_, masks)
 
 
-def _escaped(character: str) -> str:
+def escaped(character: str) -> str:
+    """Return a pattern of a character."""
     plain = character.isalnum() or character == "_" or not character.isascii()
     return character if plain else f"\\x{ord(character):02x}"
 
 
-def _flags_alone(source: str, start: int) -> str | None:
-    """Return the flags of a group that consists of nothing else, such as "(?i)"; None for other groups."""
-    flags = source[start + 2 : max(source.find(")", start), start + 2)]
-    return flags if flags and set(flags) <= set("imx-") else None
-
-
-def _folds(flags: str, folds: bool) -> bool:
-    """Return whether case is free under flags such as "i" and "-i"."""
-    if not set(flags) <= set("i-"):
-        raise UnprovableError
-    on, _, off = flags.partition("-")
+def _folds(token: str, folds: bool) -> bool:
+    """Return whether case is free where flags such as "(?i:" and "(?-i)" hold."""
+    on, _, off = token.partition("-")
     return (folds or "i" in on) and "i" not in off
-
-
-def _class_end(source: str, start: int) -> int:
-    i = start + 1
-    i += source.startswith("^", i)
-    if source.startswith("]", i):
-        raise UnprovableError
-    while i < len(source):
-        character = source[i]
-        if character == "\\":
-            i = _escape_end(source, i)
-        elif character == "[":
-            closing = source.find(":]", i)
-            i = closing + 2 if source.startswith("[:", i) and closing > 0 else _class_end(source, i)
-        elif character == "]":
-            return i + 1
-        else:
-            i += 1
-    raise UnprovableError
-
-
-def _escape_end(source: str, start: int) -> int:
-    """Return where an escape that stands for one character ends. Raises UnprovableError for all others."""
-    kind = source[start + 1 : start + 2]
-    after = start + 2
-    if kind in ("p", "P", "x", "u"):
-        if source.startswith("{", after):
-            end = source.find("}", after)
-            if end < 0:
-                raise UnprovableError
-            return end + 1
-        if kind in "pP":
-            raise UnprovableError
-        return after + (4 if kind == "u" else 2)
-    if kind in _CLASS_ESCAPES or kind in _CONTROL_ESCAPES or kind == "z":
-        return after
-    if not kind or kind.isalnum():  # anchors, back-references, grapheme clusters, line breaks of two characters, …
-        raise UnprovableError
-    return after
 
 
 @lru_cache(65536)

@@ -170,7 +170,7 @@ def time_run(
     first = time.perf_counter() - start
     for i, session in enumerate(sessions):
         session.logits(sequence.state.ids(i))
-    sequence.append(choice)
+    sequence.state.append(choice.symbol)
     before = [len(session.stats.forwards) for session in sessions]
     drafted, accepted = context.speculation.drafted, context.speculation.accepted
     size = 0
@@ -181,7 +181,7 @@ def time_run(
         noise = Noise(settings.seed, settings.sequence, len(outside) + 1)
         choices = context.decode_step(sequence, noise, tokens - len(outside))
         for choice in choices:
-            sequence.append(choice)
+            sequence.state.append(choice.symbol)
             size += len(ensemble.unit.symbol_bytes(choice.symbol))
         now = time.perf_counter()
         inside = sum(

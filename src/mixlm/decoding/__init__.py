@@ -21,7 +21,7 @@ from mixlm.errors import UnsupportedError
 from mixlm.generation.sequence import SpeculationStats, Strategy
 from mixlm.types import Floats
 from mixlm.units import unit_traits
-from mixlm.units.base import PIECE_TRAITS, UnitTraits
+from mixlm.units.base import UnitTraits
 
 if TYPE_CHECKING:
     from mixlm.generation.target import RuleTarget
@@ -60,7 +60,7 @@ class StrategyContext:
     sizes: Sequence[int]
     forwards: Callable[[], Sequence[Sequence[Forward]]]
     unit: str = "piece"
-    traits: UnitTraits = PIECE_TRAITS
+    traits: UnitTraits = field(default_factory=UnitTraits)
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     observed: int | None = None
     target: RuleTarget | None = None

@@ -222,7 +222,7 @@ class _Block:
             ids,
             sampler,
             step.noise,
-            state.text(),
+            state.substring(),
             begins_word,
             state.last_symbol,
             view.top_k_filter,
@@ -280,7 +280,7 @@ class _Block:
         return None if sample is None else SampleResponse(*sample)
 
     def _cache(self, member: int, noise: Noise, sample: SampleResponse) -> SampleResponse:
-        self._state.cache_sample(member, noise, self._state.text(), sample)
+        self._state.cache_sample(member, noise, self._state.substring(), sample)
         return sample
 
 

@@ -305,7 +305,7 @@ class Generation(Iterator[Token]):
                     self._end_token = self._token(choice)
                     self._emit(detokenizer.flush())
                     return
-                sequence.append(choice)
+                sequence.state.append(choice.symbol)
                 token = self._token(choice)
                 if options.callable_tools and _CALL_BEGIN in sequence.state.tail(len(_CALL_BEGIN) + len(token.data)):
                     detokenizer.stops = []  # they are for text, and would cut the arguments of a call

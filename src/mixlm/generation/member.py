@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -213,7 +212,7 @@ class MemberView:
         """Return the grammar's mask after the text as it is now, or after a prefix of it; None without a grammar."""
         if self._matcher is None:
             return None
-        text = self.state.tail(sys.maxsize) if text is None else text
+        text = self.state.substring() if text is None else text
         if self._mask is None or self._mask[0] != text:
             self._mask = text, self._matcher.allowed(text)
         return self._mask[1]
@@ -281,7 +280,7 @@ class MemberView:
             return distribution
         if self._matcher is None:
             return lambda logits: distribution(logits, history)
-        before = self.state.tail(sys.maxsize) if text is None else text
+        before = self.state.substring() if text is None else text
         return lambda logits: distribution(logits, history, self._allowed(before))
 
     def bind_token_distribution(self) -> Callable[[LogitsRow], Candidates]:

@@ -23,7 +23,7 @@ from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.member import Member, MemberView
 from mixlm.routing.base import CheckedRoute, Observation, ObservedRow
 from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopLogprobs
-from mixlm.units.base import TextState, Unit
+from mixlm.units.base import Unit
 
 if TYPE_CHECKING:
     from mixlm.generation.unavailable import UnavailableMembers
@@ -118,29 +118,29 @@ class SequenceState:
         route: CheckedRoute,
         unavailable: UnavailableMembers | None = None,
     ) -> None:
-        self.members = members
         self.sessions = sessions
         self.route = route
         self.unavailable = unavailable
         self.state = unit.initial_state(prompts)
-        self.views = [MemberView(member, i, self.state) for i, member in enumerate(members)]
-        self._budget = ContextBudget(members, prompts)
         self._unit = unit
+        self.use_members(members)
 
     @property
     def full(self) -> bool:
-        """Whether some member's context has no room for another token: the text ends here, whatever the coin."""
-        return self._budget.is_spent(self.state)
+        """Whether some member's context has no room for another token: the text ends here, whatever the coin.
+
+        Tokens are counted only when the bytes, never fewer, might not fit.
+        """
+        limits = enumerate(member.engine.context_length for member in self.members)
+        return any(
+            self.state.prompt_length(i) + len(self.state) >= limit and len(self.state.ids(i)) > limit
+            for i, limit in limits
+        )
 
     def use_members(self, members: Sequence[Member]) -> None:
-        """Go on with other options of the members: with the same engines, and other transforms."""
+        """Begin, or go on with other options of the members: with the same engines, and other transforms."""
         self.members = members
         self.views = [MemberView(member, i, self.state) for i, member in enumerate(members)]
-
-    def append(self, choice: Choice) -> None:
-        """Append a chosen symbol that is not end-of-text."""
-        self.state.append(choice.symbol)
-        self._budget.bytes_written += len(self._unit.symbol_bytes(choice.symbol))
 
     def decode_step(self, strategy: Strategy, noise: Noise, max_symbols: int = 1) -> Flow:
         """Let a strategy choose the next 1 to `max_symbols` symbols; the sequence itself is not changed.
@@ -169,14 +169,13 @@ class SequenceState:
             if symbol == self._unit.end or len(pushed) + 1 >= max_symbols:
                 return None
             pushed.append(symbol)
-            self.append(Choice(symbol, 0, 0.0))
+            self.state.append(symbol)
             return None if self.full else (yield from step(at_position.at(at_position.position + 1)))
 
         try:
             return (yield from strategy((yield from step(noise))))
         finally:
             self.state.rollback(len(pushed))
-            self._budget.bytes_written -= sum(len(self._unit.symbol_bytes(symbol)) for symbol in pushed)
 
     def _observe(self) -> RequestFlow[tuple[ObservedRow | None, Observation | None]]:
         """Return the logits of the member that the router observes, and what the route gets of them."""
@@ -210,19 +209,3 @@ class SequenceState:
             raise UnsupportedError("no member has a token that continues the text as json_schema or tools allow")
         remaining /= remaining.sum()
         return remaining
-
-
-class ContextBudget:
-    """Whether every member's context has room for one more token. A text ends where the first of them is full."""
-
-    def __init__(self, members: Sequence[Member], prompts: Sequence[Ids]) -> None:
-        self._limits = [member.engine.context_length for member in members]
-        self._remaining = [limit - len(prompt) for limit, prompt in zip(self._limits, prompts, strict=True)]
-        self.bytes_written = 0
-
-    def is_spent(self, state: TextState) -> bool:
-        """Return whether a context is full. Tokens are counted only when the bytes, never fewer, might not fit."""
-        return any(
-            self.bytes_written >= remaining and len(state.ids(i)) > limit
-            for i, (remaining, limit) in enumerate(zip(self._remaining, self._limits, strict=True))
-        )

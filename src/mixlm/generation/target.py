@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mixlm.core.combinations.base import Aligned, Combination, align, align_logprobs, is_plain
+from mixlm.core.mixing import mix
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rule_options import build_rule, check_whole_tokens
 from mixlm.core.sampling import ReportTransform, Transform
@@ -106,11 +107,10 @@ class RuleTarget:
         Raises:
             UnsupportedError: The rule is not defined for these.
         """
-        if len(parts) == 1:
-            from mixlm.core.combinations.average import Average
+        from mixlm.core.combinations.average import Average
 
-            if isinstance(self.rule, Average):
-                return parts[0]
+        if type(self.rule).combine is Average.combine:
+            return mix([*zip(weights.tolist(), parts, strict=True)])
         if self.rule.is_product:
             symbols, rows = align_logprobs(parts)
             columns, logprobs = self.rule.from_logprobs(rows, weights)

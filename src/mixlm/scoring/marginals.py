@@ -23,7 +23,7 @@ from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.topk_only import full_distribution_error
 from mixlm.errors import ConfigError
 from mixlm.types import Floats, Ids, Logits
-from mixlm.units.byte import ByteUnit, PrefixIndex
+from mixlm.units.byte import ByteState, ByteUnit, PrefixIndex
 from mixlm.units.word import begins_word
 
 SESSIONS = 8  # offsets whose logits are requested in one forward
@@ -139,7 +139,7 @@ def match_tokens(
     if engine.top_k_limit is not None:
         raise full_distribution_error(engine, "the log-probability of a given text")
     unit = ByteUnit([engine.vocabulary], [engine.encoder])
-    state = unit.initial_state([prefix])
+    state = ByteState(unit, [prefix])
     prefixes = [state.ids(0).copy()]
     for byte in data:
         state.append(byte)

@@ -37,10 +37,6 @@ class UnitTraits:
     counts_bytes: bool = False
 
 
-# What a unit of whole tokens can do whose members have vocabularies of their own.
-PIECE_TRAITS = UnitTraits()
-
-
 class TextView(Protocol):
     """The text generated so far, to be read."""
 
@@ -98,6 +94,10 @@ class TextState(ABC):
     def rollback(self, count: int) -> None:
         """Remove the last `count` symbols."""
 
+    def __len__(self) -> int:
+        """How many bytes the text has."""
+        return len(self._text)
+
     def ids(self, member: int) -> Ids:
         """Return the member's prompt and its tokens for the text: int64 (n,), valid until the state changes."""
         return self._buffers[member].ids
@@ -108,14 +108,19 @@ class TextState(ABC):
 
     def tail(self, length: int) -> bytes:
         """Return at most the last `length` bytes of the text."""
-        return bytes(self._text[max(len(self._text) - length, 0) :])
+        return self.substring(max(len(self._text) - length, 0))
+
+    def substring(self, start: int = 0, stop: int | None = None) -> bytes:
+        """Return the bytes between two offsets, or up to the end."""
+        return bytes(self._text[start:stop])
 
 
-class Unit(ABC):
-    """The symbols in which members share one text. end: the symbol of end-of-text."""
+class Unit:
+    """The symbols in which members share one text. end: the symbol of end-of-text. state_type: of its texts."""
 
     name: str
     traits: UnitTraits
+    state_type: type[TextState]
     end: int
     _symbols: list[Ids]
     _pieces: Sequence[bytes]
@@ -132,9 +137,9 @@ class Unit(ABC):
         """Return symbols, int64 (n,), that are equal for equal bytes, whichever member they belong to."""
         return symbols
 
-    @abstractmethod
     def initial_state(self, prompts: Sequence[Ids]) -> TextState:
         """Return the state of an empty text after each member's prompt."""
+        return self.state_type(self, prompts)
 
 
 def mark_duplicates(symbols: Ids) -> npt.NDArray[np.bool_]:

@@ -44,24 +44,6 @@ from mixlm.units.base import TokenBuffer, UnitTraits
 from mixlm.units.piece import PieceState, PieceUnit
 
 
-class ByteUnit(PieceUnit):
-    """Symbols 0 to 255 are the bytes of the text; the others are what members sample: the bytes of their tokens."""
-
-    name = "byte"
-    traits = UnitTraits(("mixture", "single", "auto"), "byte_mixture", full_distributions=False, counts_bytes=True)
-
-    def __init__(self, vocabularies: Sequence[Vocabulary], encoders: Sequence[Encoder]) -> None:
-        super().__init__(vocabularies, encoders, first=[bytes([b]) for b in range(256)])
-        self._prefix_indexes = [
-            PrefixIndex({int(symbol): self._pieces[symbol] for symbol in symbols if 0 <= symbol < self.end}, self.end)
-            for symbols in self._symbols
-        ]
-
-    def initial_state(self, prompts: Sequence[Ids]) -> ByteState:
-        """Return the state of an empty text after each member's prompt."""
-        return ByteState(self, self._encoders, prompts, self._prefix_indexes)
-
-
 class PrefixIndex:
     """One member's tokens sorted by their bytes, so that tokens with a common prefix have consecutive ranks.
 
@@ -164,23 +146,18 @@ class BoundaryOutput(NamedTuple):
 class ByteState(PieceState):
     """The bytes generated so far and, for each member, its last forced boundary and its known outputs after that."""
 
-    def __init__(
-        self, unit: ByteUnit, encoders: Sequence[Encoder], prompts: Sequence[Ids], prefix_indexes: Sequence[PrefixIndex]
-    ) -> None:
-        super().__init__(unit, encoders, prompts)
-        self.prefix_indexes = prefix_indexes
+    def __init__(self, unit: ByteUnit, prompts: Sequence[Ids]) -> None:
+        super().__init__(unit, prompts)
+        self.prefix_indexes = unit.prefix_indexes
         # Encodings of prefixes of the text, beside those of the whole.
         self._prefix_encodings = [
             (IncrementalEncoder(encoder), TokenBuffer(prompt))
-            for encoder, prompt in zip(encoders, prompts, strict=True)
+            for encoder, prompt in zip(unit.encoders, prompts, strict=True)
         ]
         # Forced boundaries by member: the offset, and the length of the text that showed it.
         self._boundaries = [[(0, 0)] for _ in prompts]
         # Outputs by member and offset, with the text in front of it: a rolled back text may be generated again.
         self._outputs: list[dict[int, tuple[bytes, BoundaryOutput]]] = [{} for _ in prompts]
-
-    def __len__(self) -> int:
-        return len(self._text)
 
     def rollback(self, count: int) -> None:
         """Remove the last `count` bytes."""
@@ -190,10 +167,6 @@ class ByteState(PieceState):
         for boundaries in self._boundaries:
             while boundaries[-1][1] > len(self._text):
                 boundaries.pop()
-
-    def substring(self, start: int, stop: int | None = None) -> bytes:
-        """Return the bytes between two offsets, or up to the end."""
-        return bytes(self._text[start:stop])
 
     def ids_at(self, member: int, offset: int) -> Ids:
         """Return the member's prompt and its canonical tokens of the text up to an offset."""
@@ -237,3 +210,18 @@ def last_forced_boundary(index: PrefixIndex, text: bytes) -> int:
             boundary = start
         reached = max(reached, start + index.reach(text[start:]))
     return boundary
+
+
+class ByteUnit(PieceUnit):
+    """Symbols 0 to 255 are the bytes of the text; the others are what members sample: the bytes of their tokens."""
+
+    name = "byte"
+    traits = UnitTraits(("mixture", "single", "auto"), "byte_mixture", full_distributions=False, counts_bytes=True)
+    state_type = ByteState
+
+    def __init__(self, vocabularies: Sequence[Vocabulary], encoders: Sequence[Encoder]) -> None:
+        super().__init__(vocabularies, encoders, first=[bytes([b]) for b in range(256)])
+        self.prefix_indexes = [
+            PrefixIndex({int(symbol): self._pieces[symbol] for symbol in symbols if 0 <= symbol < self.end}, self.end)
+            for symbols in self._symbols
+        ]

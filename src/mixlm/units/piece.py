@@ -14,47 +14,16 @@ import numpy as np
 from mixlm.tokenization.incremental import Encoder, IncrementalEncoder
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids
-from mixlm.units.base import PIECE_TRAITS, TextState, Unit
-
-
-class PieceUnit(Unit):
-    """Symbols number the distinct byte strings of all members' tokens.
-
-    Args:
-        vocabularies: One a member.
-        encoders: One a member.
-        first: Byte strings that get the first symbols, whether or not a member has a token for them.
-    """
-
-    name = "piece"
-    traits = PIECE_TRAITS
-
-    def __init__(
-        self, vocabularies: Sequence[Vocabulary], encoders: Sequence[Encoder], first: Sequence[bytes] = ()
-    ) -> None:
-        self._encoders = list(encoders)
-        symbol_of = {piece: symbol for symbol, piece in enumerate(first)}
-        self._symbols = []
-        for vocabulary in vocabularies:
-            symbols = [symbol_of.setdefault(piece, len(symbol_of)) if piece else -1 for piece in vocabulary.tokens]
-            self._symbols.append(np.array(symbols, dtype=np.int64))
-        self.end = len(symbol_of)
-        self._pieces = list(symbol_of)
-        for vocabulary, array in zip(vocabularies, self._symbols, strict=True):
-            array[list(vocabulary.end_ids)] = self.end
-
-    def initial_state(self, prompts: Sequence[Ids]) -> PieceState:
-        """Return the state of an empty text after each member's prompt."""
-        return PieceState(self, self._encoders, prompts)
+from mixlm.units.base import TextState, Unit, UnitTraits
 
 
 class PieceState(TextState):
     """The bytes generated so far. A member's tokens are brought up to date when `ids` asks for them."""
 
-    def __init__(self, unit: PieceUnit, encoders: Sequence[Encoder], prompts: Sequence[Ids]) -> None:
+    def __init__(self, unit: PieceUnit, prompts: Sequence[Ids]) -> None:
         super().__init__(unit, prompts)
         self._lengths: list[int] = []  # of the text in front of each symbol
-        self._encodings = [IncrementalEncoder(encoder) for encoder in encoders]
+        self._encodings = [IncrementalEncoder(encoder) for encoder in unit.encoders]
         self._encoded = [0] * len(prompts)  # length of the text that each buffer stands for
 
     def append(self, symbol: int) -> None:
@@ -79,3 +48,31 @@ class PieceState(TextState):
             self._buffers[member].replace_tail(*self._encodings[member].update(self._text))
             self._encoded[member] = len(self._text)
         return self._buffers[member].ids
+
+
+class PieceUnit(Unit):
+    """Symbols number the distinct byte strings of all members' tokens.
+
+    Args:
+        vocabularies: One a member.
+        encoders: One a member.
+        first: Byte strings that get the first symbols, whether or not a member has a token for them.
+    """
+
+    name = "piece"
+    traits = UnitTraits()
+    state_type: type[TextState] = PieceState
+
+    def __init__(
+        self, vocabularies: Sequence[Vocabulary], encoders: Sequence[Encoder], first: Sequence[bytes] = ()
+    ) -> None:
+        self.encoders = list(encoders)
+        symbol_of = {piece: symbol for symbol, piece in enumerate(first)}
+        self._symbols = []
+        for vocabulary in vocabularies:
+            symbols = [symbol_of.setdefault(piece, len(symbol_of)) if piece else -1 for piece in vocabulary.tokens]
+            self._symbols.append(np.array(symbols, dtype=np.int64))
+        self.end = len(symbol_of)
+        self._pieces = list(symbol_of)
+        for vocabulary, array in zip(vocabularies, self._symbols, strict=True):
+            array[list(vocabulary.end_ids)] = self.end

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.types import Ids
 from mixlm.units.base import TextState, Unit, UnitTraits
 
 
@@ -26,29 +25,6 @@ def vocabulary_conflict(vocabularies: Sequence[Vocabulary]) -> str | None:
             a, b = first.tokens[i], other.tokens[i]
             return f"{count} ids spell different tokens, the first of them {i}: {a!r} and {b!r}"
     return None
-
-
-class TokenUnit(Unit):
-    """Symbols are the shared ids, and the state of a text is the ids themselves."""
-
-    name = "token"
-    traits = UnitTraits(shared_vocabulary=True)
-
-    def __init__(self, vocabularies: Sequence[Vocabulary]) -> None:
-        self.end = max(vocabulary.size for vocabulary in vocabularies)
-        common_size = min(vocabulary.size for vocabulary in vocabularies)
-        shared = np.flatnonzero([all(v.tokens[i] for v in vocabularies) for i in range(common_size)])
-        self._pieces = vocabularies[0].tokens
-        self._symbols = []
-        for vocabulary in vocabularies:
-            symbols = np.full(vocabulary.size, -1, dtype=np.int64)
-            symbols[shared] = shared
-            symbols[list(vocabulary.end_ids)] = self.end
-            self._symbols.append(symbols)
-
-    def initial_state(self, prompts: Sequence[Ids]) -> TokenState:
-        """Return the state of an empty text after each member's prompt."""
-        return TokenState(self, prompts)
 
 
 class TokenState(TextState):
@@ -67,3 +43,23 @@ class TokenState(TextState):
         del self._text[len(self._text) - removed :]
         for buffer in self._buffers:
             buffer.replace_tail(count, [])
+
+
+class TokenUnit(Unit):
+    """Symbols are the shared ids, and the state of a text is the ids themselves."""
+
+    name = "token"
+    traits = UnitTraits(shared_vocabulary=True)
+    state_type = TokenState
+
+    def __init__(self, vocabularies: Sequence[Vocabulary]) -> None:
+        self.end = max(vocabulary.size for vocabulary in vocabularies)
+        common_size = min(vocabulary.size for vocabulary in vocabularies)
+        shared = np.flatnonzero([all(v.tokens[i] for v in vocabularies) for i in range(common_size)])
+        self._pieces = vocabularies[0].tokens
+        self._symbols = []
+        for vocabulary in vocabularies:
+            symbols = np.full(vocabulary.size, -1, dtype=np.int64)
+            symbols[shared] = shared
+            symbols[list(vocabulary.end_ids)] = self.end
+            self._symbols.append(symbols)

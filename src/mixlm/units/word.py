@@ -55,11 +55,62 @@ def begins_word(symbol: bytes, before: bytes) -> bool:
     return symbol[0] in WHITESPACE and bool(before) and before[-1] not in WHITESPACE
 
 
+class WordState(PieceState):
+    """The bytes generated so far, and the owner of the word they end in."""
+
+    def __init__(self, unit: WordUnit, prompts: Sequence[Ids]) -> None:
+        super().__init__(unit, prompts)
+        self._word_unit = unit
+        self._symbols: list[int] = []
+        # Samples by member and noise, each with the text in front of it: a rolled back text may be generated again.
+        self._samples: dict[tuple[int, Noise], tuple[bytes, tuple[int, float, TopLogprobs]]] = {}
+
+    @property
+    def last_symbol(self) -> int | None:
+        """The last symbol; None for an empty text."""
+        return self._symbols[-1] if self._symbols else None
+
+    @property
+    def owner(self) -> int | None:
+        """The member that generated the last symbol; None for an empty text."""
+        return self._word_unit.owner(self._symbols[-1]) if self._symbols else None
+
+    def append(self, symbol: int) -> None:
+        """Add a symbol's bytes to the text; its member owns the word."""
+        super().append(symbol)
+        self._symbols.append(symbol)
+
+    def rollback(self, count: int) -> None:
+        """Remove the last `count` symbols."""
+        super().rollback(count)
+        del self._symbols[len(self._symbols) - count :]
+
+    def word_start_marker(self) -> Callable[[Ids], npt.NDArray[np.bool_]]:
+        """Return the function that marks the symbols, (n,), that begin a word after the text as it stands now."""
+        before = self.tail(1)
+        return lambda symbols: self._word_unit.word_starts(symbols, before)
+
+    def cached_sample(self, member: int, noise: Noise) -> tuple[int, float, TopLogprobs] | None:
+        """Return a member's known sample here with some noise: symbol, log-probability, top logprobs."""
+        entry = self._samples.get((member, noise))
+        return entry[1] if entry is not None and entry[0] == self._text else None
+
+    def cache_sample(self, member: int, noise: Noise, before: bytes, sample: tuple[int, float, TopLogprobs]) -> None:
+        """Keep what a member samples after the text `before` with some noise."""
+        self._samples[member, noise] = before, sample
+
+    def evict_stale_samples(self) -> None:
+        """Drop the samples that belong to texts shorter than this one."""
+        for key in [key for key, (before, _) in self._samples.items() if len(before) < len(self._text)]:
+            del self._samples[key]
+
+
 class WordUnit(PieceUnit):
     """Symbols number the distinct byte strings of all members' tokens, once for each member that may generate them."""
 
     name = "word"
     traits = UnitTraits(("mixture", "single", "auto"), "word_mixture", full_distributions=False)
+    state_type = WordState
 
     def __init__(self, vocabularies: Sequence[Vocabulary], encoders: Sequence[Encoder]) -> None:
         super().__init__(vocabularies, encoders)
@@ -92,61 +143,3 @@ class WordUnit(PieceUnit):
         after_text = bool(before) and before[-1] not in WHITESPACE
         marks: npt.NDArray[np.bool_] = self._kinds[symbols] >= (_AFTER_TEXT if after_text else _ALWAYS)
         return marks
-
-    def initial_state(self, prompts: Sequence[Ids]) -> WordState:
-        """Return the state of an empty text after each member's prompt."""
-        return WordState(self, self._encoders, prompts)
-
-
-class WordState(PieceState):
-    """The bytes generated so far, and the owner of the word they end in."""
-
-    def __init__(self, unit: WordUnit, encoders: Sequence[Encoder], prompts: Sequence[Ids]) -> None:
-        super().__init__(unit, encoders, prompts)
-        self._word_unit = unit
-        self._symbols: list[int] = []
-        # Samples by member and noise, each with the text in front of it: a rolled back text may be generated again.
-        self._samples: dict[tuple[int, Noise], tuple[bytes, tuple[int, float, TopLogprobs]]] = {}
-
-    @property
-    def last_symbol(self) -> int | None:
-        """The last symbol; None for an empty text."""
-        return self._symbols[-1] if self._symbols else None
-
-    @property
-    def owner(self) -> int | None:
-        """The member that generated the last symbol; None for an empty text."""
-        return self._word_unit.owner(self._symbols[-1]) if self._symbols else None
-
-    def append(self, symbol: int) -> None:
-        """Add a symbol's bytes to the text; its member owns the word."""
-        super().append(symbol)
-        self._symbols.append(symbol)
-
-    def rollback(self, count: int) -> None:
-        """Remove the last `count` symbols."""
-        super().rollback(count)
-        del self._symbols[len(self._symbols) - count :]
-
-    def text(self) -> bytes:
-        """Return the text so far."""
-        return bytes(self._text)
-
-    def word_start_marker(self) -> Callable[[Ids], npt.NDArray[np.bool_]]:
-        """Return the function that marks the symbols, (n,), that begin a word after the text as it stands now."""
-        before = self.tail(1)
-        return lambda symbols: self._word_unit.word_starts(symbols, before)
-
-    def cached_sample(self, member: int, noise: Noise) -> tuple[int, float, TopLogprobs] | None:
-        """Return a member's known sample here with some noise: symbol, log-probability, top logprobs."""
-        entry = self._samples.get((member, noise))
-        return entry[1] if entry is not None and entry[0] == self._text else None
-
-    def cache_sample(self, member: int, noise: Noise, before: bytes, sample: tuple[int, float, TopLogprobs]) -> None:
-        """Keep what a member samples after the text `before` with some noise."""
-        self._samples[member, noise] = before, sample
-
-    def evict_stale_samples(self) -> None:
-        """Drop the samples that belong to texts shorter than this one."""
-        for key in [key for key, (before, _) in self._samples.items() if len(before) < len(self._text)]:
-            del self._samples[key]

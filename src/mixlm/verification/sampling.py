@@ -96,7 +96,7 @@ def _outcome(
         for choice in choices:
             symbols.append(choice.symbol)
             if choice.symbol != end:
-                sequence.append(choice)
+                sequence.state.append(choice.symbol)
     return tuple(symbols)
 
 

@@ -11,6 +11,7 @@ from mixlm.decoding.conventional import conventional
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.generation.prompt import EncodedPrompt
+from mixlm.generation.target import average_target
 from mixlm.scoring.passages import Passage
 from mixlm.scoring.rule_scores import RuleScorer
 from mixlm.scoring.scores import Scores
@@ -73,7 +74,7 @@ def stepwise(toy: Ensemble, prompts: EncodedPrompt, pieces: Sequence[bytes]) -> 
     total = 0.0
     for piece in pieces:
         recorder = Recorder()
-        driven(conventional, sequence, sequence.route(sequence.state), recorder)
+        driven(conventional(average_target()), sequence, sequence.route(sequence.state), recorder)
         total += np.log(named(toy, recorder.symbols, np.exp(recorder.logprobs))[piece])
         if piece != END:
             sequence.state.append(symbols[piece])

@@ -35,6 +35,7 @@ from mixlm.decoding.mixture import mixture
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.generation.target import average_target
 from mixlm.types import Sampling
 from mixlm.verification.exact import ExactReference
 
@@ -130,7 +131,7 @@ def test_the_distribution_at_every_place_is_the_one_by_enumeration(unit):
     for pieces in places:
         options = {**OPTIONS, "json_schema": SCHEMA}
         noise = Recorder()
-        driven(conventional, written(ensemble, options, "a", pieces), ensemble.weights, noise)
+        driven(conventional(average_target()), written(ensemble, options, "a", pieces), ensemble.weights, noise)
         result = named(ensemble, noise.symbols, np.exp(noise.logprobs))
         assert_same_distribution(result, average(ensemble, pieces) if all(distributions(ensemble, pieces)) else result)
         for coin, distribution in enumerate(distributions(ensemble, pieces)):

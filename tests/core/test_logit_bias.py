@@ -25,6 +25,7 @@ from mixlm.decoding.conventional import conventional
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.generation.target import average_target
 from mixlm.types import Sampling
 
 BIAS = {"ab": 2.5, "c": -1.25, " ": 1.5, "b": -100.0}
@@ -78,7 +79,7 @@ def test_the_distribution_is_the_dense_one(unit):
     plain = pair(unit, engine)
     writing = written(plain, {**OPTIONS, "logit_bias": BIAS}, "ab", [b"c", b"a"])
     noise = Fixed()
-    driven(conventional, writing, plain.weights, noise)
+    driven(conventional(average_target()), writing, plain.weights, noise)
     result = named(plain, noise.symbols, np.exp(noise.logprobs))
     assert_same_distribution(result, exact_distribution(pair(unit, shifted), OPTIONS, "ab", [b"c", b"a"]), 1e-6)
 

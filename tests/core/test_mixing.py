@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixlm.core.mixing import mix, normalized_weights, pool, responsibilities
+from mixlm.core.mixing import mix, normalized_weights, pool
 from mixlm.errors import ConfigError
 from mixlm.types import Candidates
 
@@ -86,13 +86,6 @@ def test_random_mixtures_equal_the_dense_sum():
 
 def test_parts_of_weight_zero_take_no_part():
     assert mix([(0.0, candidates({1: 1.0})), (1.0, candidates({2: 1.0}))]).ids.tolist() == [2]
-
-
-def test_responsibilities_are_shares_of_one_symbol():
-    parts = [(0.5, candidates({1: 0.2, 2: 0.8})), (0.3, candidates({1: 1.0})), (0.2, candidates({2: 1.0}))]
-    np.testing.assert_allclose(responsibilities(1, parts), [0.25, 0.75, 0])
-    np.testing.assert_allclose(responsibilities(2, parts), [2 / 3, 0, 1 / 3])
-    np.testing.assert_allclose(responsibilities(1, [(0.0, parts[0][1]), (1.0, parts[1][1])]), [0, 1])
 
 
 def test_distributions_over_the_same_symbols_need_no_table():

@@ -24,6 +24,7 @@ from toys import (
 
 from mixlm.core.rng import Noise
 from mixlm.decoding.byte_mixture import byte_mixture
+from mixlm.decoding.single import single
 from mixlm.engines.requests import LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
@@ -108,7 +109,7 @@ def state_at(ensemble, options, text: bytes):
 
 def first(writing, ensemble, noise) -> bytes:
     """The first byte that the strategy writes behind a text, which it does not change."""
-    choice, _ = driven(byte_mixture(), writing, ensemble.weights, noise)
+    choice, _ = driven(byte_mixture, writing, ensemble.weights, noise)
     return END if choice.symbol == ensemble.unit.end else bytes([choice.symbol])
 
 
@@ -130,7 +131,7 @@ def test_the_next_byte_follows_the_members_own_distribution_whichever_it_is(text
     writing = state_at(ensemble, PLAIN, text)
     counts = defaultdict(int)
     for sequence in range(600):
-        choice, _ = driven(byte_mixture(member), writing, ensemble.weights, Noise(4, sequence, 1))
+        choice, _ = driven(single(member, byte_mixture), writing, ensemble.weights, Noise(4, sequence, 1))
         assert choice.member == member
         counts[END if choice.symbol == ensemble.unit.end else bytes([choice.symbol])] += 1
     distribution = next_byte(ensemble, member, PLAIN, text)
@@ -262,7 +263,7 @@ def test_one_forward_is_requested_at_a_time_and_none_twice():
     runs = []
     writing = state_at(ensemble, PLAIN, b"ab")
     for sequence in range(40):
-        _, rounds = driven(byte_mixture(0), writing, ensemble.weights, Noise(2, sequence))
+        _, rounds = driven(single(0, byte_mixture), writing, ensemble.weights, Noise(2, sequence))
         assert all(isinstance(request, LogitsRequest) for [request] in rounds)
         runs += [tuple(request.ids.tolist()) for [request] in rounds]
     assert len(runs) == len(set(runs)) <= 3
@@ -310,7 +311,7 @@ def test_the_real_pair_follows_the_exact_distribution_inside_words_and_character
         writing.state.append(byte)
     counts = defaultdict(int)
     for sequence in range(200):
-        choice, _ = driven(byte_mixture(), writing, ensemble.weights, Noise(9, sequence, len(text)))
+        choice, _ = driven(byte_mixture, writing, ensemble.weights, Noise(9, sequence, len(text)))
         counts[choice.symbol] += 1
     distribution = ExactReference(ensemble, settings, prompts).distribution(tuple(text))
     assert_sampled_from(counts, {symbol: distribution[symbol] for symbol in np.flatnonzero(distribution).tolist()})

@@ -26,6 +26,7 @@ from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MemoryLimitError, UnsupportedError
+from mixlm.generation.target import average_target
 from mixlm.types import Sampling
 
 PLACES = [(), (b"a",), (b"ab", b" c", b"ab", b"b")]
@@ -38,7 +39,7 @@ def test_the_distribution_is_the_average(unit, members, name):
     ensemble = toys(unit, members)
     for pieces in PLACES:
         noise = Recorder()
-        driven(conventional, written(ensemble, OPTIONS[name], "ab", pieces), ensemble.weights, noise)
+        driven(conventional(average_target()), written(ensemble, OPTIONS[name], "ab", pieces), ensemble.weights, noise)
         assert_same_distribution(
             named(ensemble, noise.symbols, np.exp(noise.logprobs)),
             exact_distribution(ensemble, OPTIONS[name], "ab", pieces),
@@ -49,7 +50,7 @@ def test_every_member_with_a_weight_is_asked_once_and_all_at_the_same_moment():
     ensemble = toys("piece", 5)
     writing = written(ensemble, {}, "ab", [b"a"])
     weights = np.array([0.5, 0, 0.25, 0, 0.25])
-    _, [requests] = driven(conventional, writing, weights, Noise(0))
+    _, [requests] = driven(conventional(average_target()), writing, weights, Noise(0))
     assert [type(request) for request in requests] == [LogitsRequest] * 3
     assert [request.member for request in requests] == [0, 2, 4]
     assert [len(session.stats.forwards) for session in writing.sessions] == [1, 0, 1, 0, 1]
@@ -60,9 +61,8 @@ def test_the_choice_has_the_averages_log_probability_and_names_who_gave_most_of_
     shares = {b"a": (0.25 * 0.9 + 0.75 * 0.2, 0), b"b": (0.025, 0), b"c": (0.6, 1)}
     seen = set()
     for position in range(200):
-        choice, _ = driven(
-            conventional, written(ensemble, {"temperature": 1}, "", []), ensemble.weights, Noise(0, 0, position)
-        )
+        writing = written(ensemble, {"temperature": 1}, "", [])
+        choice, _ = driven(conventional(average_target()), writing, ensemble.weights, Noise(0, 0, position))
         data = ensemble.unit.symbol_bytes(choice.symbol)
         assert np.isclose(np.exp(choice.logprob), shares[data][0])
         assert choice.member == shares[data][1]
@@ -100,7 +100,7 @@ def test_truncating_before_and_after_mixing_are_two_distributions():
 def test_the_mass_of_all_ends_is_one_symbol():
     ensemble = make_ensemble([fixed({END: 0.5, b"a": 0.5}), fixed({END: 0.25, b"a": 0.75}, [b"b", b"a"])], unit="piece")
     noise = Recorder()
-    driven(conventional, written(ensemble, {"temperature": 1}, "a", []), ensemble.weights, noise)
+    driven(conventional(average_target()), written(ensemble, {"temperature": 1}, "a", []), ensemble.weights, noise)
     assert_same_distribution(named(ensemble, noise.symbols, np.exp(noise.logprobs)), {END: 0.375, b"a": 0.625}, 1e-7)
 
 

@@ -98,7 +98,7 @@ def test_coins_that_fall_on_one_member_are_one_request():
 def test_a_member_alone_is_asked_for_no_more_than_the_completion_or_a_reader_waits_for():
     ensemble = sampling_toys("token", 2)
     for length, expected in ((1, 1), (5, 5), (1000, MAX_RUN)):
-        flow = written(ensemble, {}, "ab", []).decode_step(single(1), Noise(0), length)
+        flow = written(ensemble, {}, "ab", []).decode_step(single(1, mixture), Noise(0), length)
         [request] = next(flow)
         assert request.max_tokens == expected
         flow.close()

@@ -20,7 +20,8 @@ from toys import (
 
 from mixlm.core.combinations.average import Average
 from mixlm.core.rng import Noise
-from mixlm.decoding.greedy import greedy, greedy_single
+from mixlm.decoding.greedy import greedy
+from mixlm.decoding.single import single
 from mixlm.engines.requests import LogitsRequest
 from mixlm.errors import UnsupportedError
 from mixlm.generation.target import RuleTarget, average_target
@@ -141,7 +142,7 @@ def test_with_a_draft_the_log_probability_is_the_average_s():
 def test_one_member_alone_takes_its_own_most_likely_symbol(member):
     ensemble = toys("piece", 3)
     writing = written(ensemble, {"method": "greedy"}, "ab", [])
-    choice, [[request]] = driven(greedy_single(member), writing, ensemble.weights, Noise(0))
+    choice, [[request]] = driven(single(member, greedy(average_target())), writing, ensemble.weights, Noise(0))
     assert isinstance(request, LogitsRequest)
     assert request.member == choice.member == member
     distribution = exact_distribution(make_ensemble([ensemble.members[member].engine], unit="piece"), PLAIN, "ab")

@@ -16,6 +16,7 @@ from toys import (
 
 from mixlm.core.rng import Noise
 from mixlm.decoding import StrategyContext, build_strategy
+from mixlm.decoding.mixture import mixture
 from mixlm.decoding.single import single
 from mixlm.engines.requests import LogitsRequest, SampleRequest
 
@@ -25,9 +26,9 @@ from mixlm.engines.requests import LogitsRequest, SampleRequest
 def test_the_distribution_is_that_one_members(unit, name):
     ensemble = toys(unit, 3)
     for member in range(3):
-        noise = Recorder()
+        noise = Recorder(coin=member)
         writing = written(ensemble, OPTIONS[name], "ab", [b"a"])
-        choice, [[request]] = driven(single(member), writing, ensemble.weights, noise)
+        choice, [[request]] = driven(single(member, mixture), writing, ensemble.weights, noise)
         assert isinstance(request, SampleRequest)
         assert choice.member == request.member == member
         alone = make_ensemble([ensemble.members[member].engine], unit=unit)

@@ -258,7 +258,7 @@ def test_drafts_that_are_accepted_unverified_are_found(monkeypatch: pytest.Monke
         drafts = [position for position in positions if position.proposal is not None]
         return [Choice(position.proposal, position.members[0], 0.0) for position in drafts]
 
-    monkeypatch.setattr("mixlm.decoding.speculative.verify", unverified)
+    monkeypatch.setattr("mixlm.decoding.blocks.verify", unverified)
     only(monkeypatch, "mixture", "speculative")
     report = check(make_ensemble(2, "token"), "hello", samples=SAMPLES)
     assert {comparison.left for comparison in report.comparisons if not comparison.equal} == {"speculative"}

@@ -86,6 +86,8 @@ def pool(symbols: Ids, logprobs: Floats) -> Candidates:
 def mix(components: Sequence[tuple[float, Candidates]]) -> Candidates:
     """Return the weighted sum of distributions; those of weight 0 are ignored."""
     positive = [(weight, distribution) for weight, distribution in components if weight > 0]
+    if len(positive) == 1 and positive[0][0] == 1:
+        return positive[0][1]
     first = positive[0][1].ids
     if all(np.array_equal(distribution.ids, first) for _, distribution in positive) and (first[1:] > first[:-1]).all():
         return _mix_common(first, positive)
@@ -96,8 +98,6 @@ def mix(components: Sequence[tuple[float, Candidates]]) -> Candidates:
 
 def _mix_common(symbols: Ids, components: Sequence[tuple[float, Candidates]]) -> Candidates:
     """Return the weighted sum of distributions over the same symbols, which ascend."""
-    if len(components) == 1 and components[0][0] == 1:
-        return components[0][1]
     logprobs = np.empty(symbols.size)
     for elements in slices(symbols.size):
         total = sum(weight * np.exp(distribution.logprobs[elements]) for weight, distribution in components)
@@ -105,17 +105,6 @@ def _mix_common(symbols: Ids, components: Sequence[tuple[float, Candidates]]) ->
             np.log(total, out=logprobs[elements])
     possible = logprobs > -np.inf
     return Candidates(symbols, logprobs) if possible.all() else Candidates(symbols[possible], logprobs[possible])
-
-
-def responsibilities(symbol: int, components: Sequence[tuple[float, Candidates]]) -> Floats:
-    """Return each component's share of the probability of `symbol`: float64 (components,), summing to 1."""
-    mass = np.zeros(len(components))
-    for i, (weight, distribution) in enumerate(components):
-        [index] = np.nonzero(distribution.ids == symbol)
-        if index.size and weight > 0:
-            mass[i] = weight * np.exp(distribution.logprobs[index[0]])
-    mass /= mass.sum()
-    return mass
 
 
 def mixture_logprobs(logprobs: Floats, weights: Floats) -> Floats:

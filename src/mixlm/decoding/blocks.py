@@ -16,7 +16,7 @@ import numpy as np
 from mixlm.decoding.drafts import Draft
 from mixlm.engines.requests import AllowedIds, LogitsRequest, Request
 from mixlm.generation.dispatch import RequestFlow
-from mixlm.generation.sequence import Choice, DecodeStep, SpeculationStats
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.types import Ids, LogitsRow, TopKFilter
 
 MAX_BLOCK = 32  # positions
@@ -97,6 +97,28 @@ class Position(ABC):
 
 
 P = TypeVar("P", bound=Position)
+
+
+def block_strategy(
+    position_at: Callable[[DecodeStep], Position],
+    draft: Draft | None = None,
+    block: int = 0,
+    stats: SpeculationStats | None = None,
+) -> Strategy:
+    """Return the strategy that chooses the symbols of positions, a block at a time.
+
+    Args:
+        position_at: Returns the position of a decode step.
+        draft: What proposes symbols, if anything.
+        block: Proposals of a block that are verified, at most.
+        stats: Records how many were verified and accepted.
+    """
+
+    def strategy(step: DecodeStep) -> Flow:
+        positions = yield from draft_block(step, draft or Draft(), block, position_at)
+        return (yield from verify(positions, stats or SpeculationStats()))
+
+    return strategy
 
 
 def draft_block(

@@ -46,33 +46,26 @@ _STOPS = frozenset(WHITESPACE)
 
 def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     """Return the strategy; it has no options."""
-    return byte_mixture()
+    return byte_mixture
 
 
-def byte_mixture(member: int | None = None) -> Strategy:
-    """Return the strategy that tosses a coin for each byte, or always samples from the given member."""
-
-    def coin(step: DecodeStep) -> int:
-        return step.noise.coin(step.weights) if member is None else member
-
-    def strategy(step: DecodeStep) -> Flow:
-        z = coin(step)
+def byte_mixture(step: DecodeStep) -> Flow:
+    """Toss a coin for each byte, and sample it from that member."""
+    z = step.noise.coin(step.weights)
+    sampler = _CoverSampler(z, step.views[z])
+    cover = yield from sampler.sample_cover(step.noise)
+    choices: list[Choice] = []
+    while True:
+        for choice in sampler.sample_bytes(cover, step.noise):
+            choices.append(choice)
+            if choice.symbol in _STOPS or len(choices) == MAX_BYTES or choice.symbol == sampler.end:
+                return choices
+            following = yield from step.following(choice.symbol)
+            if following is None or following.noise.coin(following.weights) != z:
+                return choices
+            step = following
         sampler = _CoverSampler(z, step.views[z])
-        cover = yield from sampler.sample_cover(step.noise)
-        choices: list[Choice] = []
-        while True:
-            for choice in sampler.sample_bytes(cover, step.noise):
-                choices.append(choice)
-                if choice.symbol in _STOPS or len(choices) == MAX_BYTES or choice.symbol == sampler.end:
-                    return choices
-                following = yield from step.following(choice.symbol)
-                if following is None or coin(following) != z:
-                    return choices
-                step = following
-            sampler = _CoverSampler(z, step.views[z])
-            cover = yield from sampler.cover_at_end()
-
-    return strategy
+        cover = yield from sampler.cover_at_end()
 
 
 class _Cover(NamedTuple):

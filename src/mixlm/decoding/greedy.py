@@ -10,16 +10,12 @@ else a lower bound of it; where `top_logprobs` are requested, every member runs.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
-
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
-from mixlm.decoding.blocks import draft_block, verify
+from mixlm.decoding.blocks import block_strategy
 from mixlm.decoding.drafts import Draft, build_draft
 from mixlm.decoding.rule_position import GreedyPosition
-from mixlm.generation.sequence import DecodeStep, Flow, SpeculationStats, Strategy
+from mixlm.generation.sequence import SpeculationStats, Strategy
 from mixlm.generation.target import RuleTarget, average_target
 
 
@@ -45,22 +41,8 @@ def greedy(
 
     Args:
         target: The rule.
-        draft: What proposes symbols, if anything.
-        block: Proposals of a block, at most.
-        stats: Records how many were verified and accepted.
+        draft, block, stats: As of `block_strategy`.
         together: Run the members that are missing at once, not one after another.
     """
 
-    def strategy(step: DecodeStep) -> Flow:
-        positions = yield from draft_block(
-            step, draft or Draft(), block, lambda step: GreedyPosition(step, target, together=together)
-        )
-        return (yield from verify(positions, stats or SpeculationStats()))
-
-    return strategy
-
-
-def greedy_single(member: int) -> Strategy:
-    """Return the strategy that always takes one member's most likely symbol."""
-    alone = greedy(average_target())
-    return lambda step: alone(replace(step, weights=np.eye(len(step.views))[member]))
+    return block_strategy(lambda step: GreedyPosition(step, target, together=together), draft, block, stats)

@@ -39,14 +39,10 @@ def mixture(step: DecodeStep) -> Flow:
     return [Choice(response.symbol, z, response.logprob, response.top_logprobs)]
 
 
-def generate_run(step: DecodeStep, member: int, *, single_member: bool = False) -> Flow:
-    """Let a member generate as far as its coins reach; to the end of the text with `single_member`."""
+def generate_run(step: DecodeStep, member: int) -> Flow:
+    """Let a member generate as far as its coins reach."""
     view = step.views[member]
-    length = min(step.max_symbols, MAX_RUN)
-    if step.observed is not None:
-        length = 1  # the next coin is not known before the router has observed its position
-    elif not single_member:
-        length = run_length(step, member, length)
+    length = run_length(step, member, min(step.max_symbols, MAX_RUN))
     ids = view.ids().copy()
     transform = view.member.transform
     seed = step.noise.engine_seed()
@@ -64,21 +60,16 @@ def generate_run(step: DecodeStep, member: int, *, single_member: bool = False) 
         following = yield from step.following(symbol)
         if following is None or view.ids().tolist() != generated:
             break
-        if not single_member and following.noise.coin(following.weights) != member:
+        if following.noise.coin(following.weights) != member:
             break
         step = following
     return choices
 
 
-def sample_request(step: DecodeStep, member: int, *, single_member: bool = False) -> SampleRequest:
-    """Return the request for one symbol, with a hint of the positions behind it for engines that run ahead.
-
-    single_member: every coin up to the end of the text is this member's.
-    """
+def sample_request(step: DecodeStep, member: int) -> SampleRequest:
+    """Return the request for one symbol, with a hint of the positions behind it for engines that run ahead."""
     view, noise = step.views[member], step.noise
-    length = 1 if step.observed is not None else min(view.member.run_ahead + 1, step.max_symbols)
-    if length > 1 and not single_member:
-        length = run_length(step, member, length)
+    length = run_length(step, member, min(view.member.run_ahead + 1, step.max_symbols))
     hint = None
     if length > 1:
         keys = tuple(noise.at(noise.position + offset).sample_key for offset in range(length - 1))
@@ -97,8 +88,13 @@ def sample_member(step: DecodeStep, member: int) -> RequestFlow[SampleResponse]:
 
 
 def run_length(step: DecodeStep, member: int, limit: int) -> int:
-    """Return how many consecutive coins fall on a member with the weights of this position: 1 to `limit`."""
+    """Return how many consecutive coins are known to fall on a member, with the weights of this position: 1 to `limit`.
+
+    The next is not known before the router has observed its position, where it does.
+    """
     noise = step.noise
+    if step.observed is not None:
+        return 1
     for offset in range(1, limit):
         if noise.at(noise.position + offset).coin(step.weights) != member:
             return offset

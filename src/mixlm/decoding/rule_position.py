@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.core.combinations.base import TOLERANCE, Aligned, Combination, Unreported, align
-from mixlm.decoding.blocks import Position, draft_block, verify
-from mixlm.decoding.drafts import Draft
+from mixlm.decoding.blocks import Position
 from mixlm.decoding.reports import TokenReport, unreported
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
+from mixlm.generation.sequence import Choice, DecodeStep
 from mixlm.generation.target import RuleTarget, support
 from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopKFilter
 
@@ -404,16 +403,6 @@ def checks_bounds(rule: Combination, position: int) -> bool:
     module = type(getattr(rule, "rule", rule)).__module__
     is_proven = module.startswith("mixlm.") and not module.endswith(".function")
     return not is_proven and (position < _CHECKED or position % _INTERVAL == 0)
-
-
-def dense(target: RuleTarget) -> Strategy:
-    """Return the strategy that runs every member and samples from what the rule makes of them."""
-
-    def strategy(step: DecodeStep) -> Flow:
-        positions = yield from draft_block(step, Draft(), 0, lambda step: DensePosition(step, target))
-        return (yield from verify(positions, SpeculationStats()))
-
-    return strategy
 
 
 def _columns(symbols: Ids, ids: Ids) -> slice | Ids:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
-from mixlm.decoding.mixture import generate_run, sample_request
+from mixlm.decoding.mixture import mixture
 from mixlm.errors import UnsupportedError
-from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
+from mixlm.generation.dispatch import RequestFlow
+from mixlm.generation.sequence import DecodeStep, Strategy
 
 
 def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
@@ -20,21 +25,23 @@ def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
             )
         from mixlm.decoding.byte_mixture import byte_mixture
 
-        return byte_mixture(member)
+        return single(member, byte_mixture)
     if is_greedy:
-        from mixlm.decoding.greedy import greedy_single
+        from mixlm.decoding.greedy import greedy
+        from mixlm.generation.target import average_target
 
-        return greedy_single(member)
-    return single(member)
+        return single(member, greedy(average_target()))
+    return single(member, mixture)
 
 
-def single(member: int) -> Strategy:
-    """Return the strategy that always samples from one member, whatever the weights."""
+def single(member: int, strategy: Strategy) -> Strategy:
+    """Return a strategy for one member, whatever the weights."""
 
-    def strategy(step: DecodeStep) -> Flow:
-        if step.views[member].member.samples_itself:
-            return (yield from generate_run(step, member, single_member=True))
-        [response] = yield [sample_request(step, member, single_member=True)]
-        return [Choice(response.symbol, member, response.logprob, response.top_logprobs)]
+    def alone(step: DecodeStep) -> DecodeStep:
+        def following(symbol: int) -> RequestFlow[DecodeStep | None]:
+            after = yield from step.following(symbol)
+            return None if after is None else alone(after)
 
-    return strategy
+        return replace(step, weights=np.eye(len(step.views))[member], following=following)
+
+    return lambda step: strategy(alone(step))

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
-from mixlm.decoding.blocks import Position, draft_block, verify
+from mixlm.decoding.blocks import Position, block_strategy
 from mixlm.decoding.drafts import Draft, build_draft
 from mixlm.engines.requests import SampleRequest, SampleResponse
 from mixlm.generation.dispatch import RequestFlow
-from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
+from mixlm.generation.sequence import Choice, DecodeStep, SpeculationStats, Strategy
 from mixlm.types import LogitsRow
 
 
@@ -29,19 +29,8 @@ def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
 
 
 def speculative(draft: Draft, block: int, stats: SpeculationStats | None = None) -> Strategy:
-    """Return the strategy.
-
-    Args:
-        draft: What proposes symbols.
-        block: Proposals of a block that are verified, at most; with 0 it is the mixture itself.
-        stats: Records how many were verified and accepted.
-    """
-
-    def strategy(step: DecodeStep) -> Flow:
-        positions = yield from draft_block(step, draft, block, CoinPosition)
-        return (yield from verify(positions, stats or SpeculationStats()))
-
-    return strategy
+    """Return the strategy, arguments as of `block_strategy`; with a block of 0 it is the mixture itself."""
+    return block_strategy(CoinPosition, draft, block, stats)
 
 
 class CoinPosition(Position):

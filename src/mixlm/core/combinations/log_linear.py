@@ -209,7 +209,7 @@ class Guidance(LogLinear):
 
 
 def leaves_several(parts: Mapping[int, Candidates], needed: npt.NDArray[np.bool_]) -> bool:
-    """Whether members that are needed, and ran, leave several symbols, where that is plain to see: see `only_symbol`."""
+    """Whether members that are needed, and ran, plainly leave several symbols: see `only_symbol`."""
     counted = [part.ids for row, part in parts.items() if needed[row]]
     if not counted:
         return True

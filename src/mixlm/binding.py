@@ -16,7 +16,7 @@ from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.generation import GenerationContext
-from mixlm.generation.member import Member, MemberOptions
+from mixlm.generation.member import Member
 from mixlm.routing.base import TOP_K, FixedRouter, Router, observed_by
 from mixlm.types import PLAIN_SAMPLING, Floats, Ids, LogitsProcessor, TopKFilter
 from mixlm.units.base import Unit
@@ -281,8 +281,17 @@ class Binder:
                 takes_more = True
             # The observed member has run before its coin falls, so its samples are taken from those logits.
             is_observed = observes is not None and observes.member == i and settings.method != "single"
-            options = MemberOptions(
-                settings.top_logprobs, grammar, samples_only and not is_observed, spec.processor, takes_more
+            members.append(
+                Member(
+                    spec.engine,
+                    spec.name,
+                    transform,
+                    symbols,
+                    settings.top_logprobs,
+                    grammar,
+                    spec.processor,
+                    samples_only=samples_only and not is_observed,
+                    takes_more=takes_more,
+                )
             )
-            members.append(Member(spec.engine, spec.name, transform, symbols, options))
         return members

@@ -10,9 +10,11 @@ from toys import SHARED
 
 from mixlm.binding import MemberSpec
 from mixlm.core.logits_processor import as_processor, process_logits
+from mixlm.core.sampling import softmax
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.generation.dispatch import drive
 from mixlm.verification.exact import ExactReference
 
 
@@ -164,3 +166,17 @@ def test_a_processor_that_raises_is_a_users_error_and_drops_no_member(pair):
     for method in ("mixture", "conventional"):
         with pytest.raises(ConfigError, match="a logits processor failed: ZeroDivisionError"):
             broken.generate("ab", raw=True, method=method, max_tokens=12, seed=1, on_failure="drop")
+
+
+def test_where_some_tokens_alone_are_possible_a_processor_sees_all_logits(pair):
+    def flatten(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        return np.where(logits >= np.sort(logits)[-4], 0.25 * logits, logits)
+
+    context = pair.with_logits_processors({"first": flatten}).context(pair.settings(temperature=1.0, top_k=0))
+    view = context.begin_sequence(pair.encode_prompt("ab", pair.settings(raw=True))).views[0]
+    logits = pair.members[0].engine.session().logits(view.ids())[0]
+    mask = np.arange(len(logits)) % 2 == 0
+    mask &= view.member.symbols >= 0
+    distribution = drive(view.distribution_among(mask, logits), lambda requests: [])
+    expected = softmax(flatten(view.ids(), logits)[mask])
+    np.testing.assert_allclose(np.exp(distribution.logprobs), expected, atol=1e-6)

@@ -112,7 +112,7 @@ def test_tokens_of_one_symbol_are_added_up_at_every_position():
         ([3.0, -2000.0, 2.0, -2000.0, 9.0, 4.0], {0: np.exp(3) + np.exp(2), 4: np.exp(4)}),
         ([0.0, -np.inf, 2.0, 3.0, 9.0, 4.0], {0: 1 + np.exp(2), 1: np.exp(3), 4: np.exp(4)}),
     ):
-        ids, logprobs = member.distribution(np.array(logits))
+        ids, logprobs = member.map_to_symbols(member.transform(np.array(logits)))
         total = sum(expected.values())
         assert dict(zip(ids.tolist(), np.exp(logprobs), strict=True)) == pytest.approx(
             {symbol: mass / total for symbol, mass in expected.items()}

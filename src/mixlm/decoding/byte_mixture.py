@@ -36,7 +36,7 @@ from mixlm.errors import UnsupportedError
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.member import MemberView
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
-from mixlm.types import Candidates, Logits, TopLogprobs
+from mixlm.types import Candidates, TopLogprobs
 from mixlm.units.byte import BoundaryOutput, ByteState, RankedDistribution
 from mixlm.units.word import WHITESPACE
 
@@ -153,11 +153,10 @@ class _CoverSampler:
         if output is None:
             ids = self._state.ids_at(self._member, offset)
             text = self._state.substring(0, offset)
-            transform = self._view.bind_transform(ids, text)
-            [rows] = yield [LogitsRequest(self._member, ids, allowed=self._view.allowed_ids(text))]
-            logits = cast("Logits", self._view.process(rows[0], ids))
-            distribution = RankedDistribution.from_candidates(self._index, transform(logits))
-            output = BoundaryOutput(logits.copy(), transform, distribution)
+            distribution = self._view.bind_distribution(ids, text)
+            [[logits]] = yield [LogitsRequest(self._member, ids, allowed=self._view.allowed_ids(text))]
+            ranked = RankedDistribution.from_candidates(self._index, distribution(logits))
+            output = BoundaryOutput(logits.copy(), ranked)
             self._state.cache_output(self._member, offset, output)
         return output
 
@@ -205,10 +204,8 @@ class _CoverSampler:
             agreeing = self._index.symbols([*prefixes, *range(*extensions)])
             mask = np.isin(self._view.member.symbols, agreeing)
             ids, text = self._state.ids_at(self._member, offset), self._state.substring(0, offset)
-            masked = yield from self._view.logits_among(mask, output.logits, ids, text)
-            if masked is None:
-                return None
-            distribution = RankedDistribution.from_candidates(self._index, output.transform(masked))
+            among = yield from self._view.distribution_among(mask, output.logits, ids, text)
+            distribution = RankedDistribution.from_candidates(self._index, among)
             if not distribution.ranks.size:
                 return None
             rank = int(distribution.ranks[noise.sample(distribution.symbols, distribution.logprobs)])

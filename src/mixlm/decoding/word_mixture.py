@@ -46,7 +46,7 @@ from mixlm.engines.requests import AllowedIds, LogitsRequest, SampleResponse
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.member import MemberView
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
-from mixlm.types import Candidates, Ids, Logits, LogitsRow, TopKFilter
+from mixlm.types import Candidates, Ids, LogitsRow, TopKFilter
 from mixlm.units.word import WHITESPACE, WordState
 
 MAX_UNVERIFIED = 16  # symbols written after an unverified end
@@ -296,16 +296,13 @@ def _sample_first(
     Also returns the probability of such symbols where the member is not made to begin a word. Where its truncation
     leaves none, an engine that reports its most likely tokens is asked for those among the symbols that do.
     """
-    distribution, begins_word = view.bind_distribution(), cast(WordState, view.state).word_start_marker()
-    symbols, logprobs = distribution(logits)
+    begins_word = cast(WordState, view.state).word_start_marker()
+    symbols, logprobs = view.distribution(logits)
     kept = begins_word(symbols)
     mass = float(np.exp(logprobs[kept]).sum())
     if not kept.any():
         allowed = (view.member.symbols >= 0) & begins_word(view.member.symbols)
-        masked = yield from view.logits_among(allowed, cast(Logits, logits))
-        if masked is None:
-            return None, 0.0
-        symbols, logprobs = distribution(masked)
+        symbols, logprobs = yield from view.distribution_among(allowed, logits)
         kept = np.isfinite(logprobs)
         if not kept.any():
             return None, 0.0

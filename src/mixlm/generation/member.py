@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import InitVar, dataclass
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -20,26 +20,6 @@ from mixlm.errors import UnsupportedError
 from mixlm.generation.dispatch import EngineRequest, RequestFlow
 from mixlm.types import Candidates, Ids, Logits, LogitsProcessor, LogitsRow, TopKFilter
 from mixlm.units.base import TextState, mark_duplicates
-
-
-@dataclass(frozen=True, slots=True)
-class MemberOptions:
-    """What a request asks of every member.
-
-    Args:
-        top_logprobs: How many of the most likely symbols are reported beside a chosen one.
-        grammar: What the member's tokens are held to.
-        samples_only: Whether the strategy requests nothing but samples of single members, so that an engine may sample
-            them itself.
-        takes_more: Whether the strategy requests as many of an engine's most likely tokens as it needs.
-        processor: What changes the member's logits first.
-    """
-
-    top_logprobs: int = 0
-    grammar: Grammar | None = None
-    samples_only: bool = False
-    processor: LogitsProcessor | None = None
-    takes_more: bool = False
 
 
 class _MappedIds(NamedTuple):
@@ -64,39 +44,48 @@ class _MappedIds(NamedTuple):
         return cls(ids, np.concatenate([symbols[single], np.unique(symbols[double])]), single, double, symbols[double])
 
 
+@dataclass(eq=False)
 class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
 
     Args:
         symbols: The shared symbol of each of its ids, int64 (vocab,); -1 for those it may not sample.
+        top_logprobs: How many of the most likely symbols are reported beside a chosen one.
+        grammar: What its tokens are held to.
+        processor: What changes its logits first.
+        samples_only: Whether the strategy requests nothing but samples of single members, so that an engine may sample
+            them itself.
+        takes_more: Whether the strategy requests as many of an engine's most likely tokens as it needs.
 
     Raises:
         UnsupportedError: The options need more of the distribution than the engine reports.
     """
 
-    def __init__(
-        self, engine: Engine, name: str, transform: Transform, symbols: Ids, options: MemberOptions = MemberOptions()
-    ) -> None:
-        self.engine = engine
-        self.name = name
-        self.transform = transform
-        self.symbols = symbols
-        self.top_logprobs = options.top_logprobs
-        self.grammar = options.grammar
-        self.processor = options.processor
+    engine: Engine
+    name: str
+    transform: Transform
+    symbols: Ids
+    top_logprobs: int = 0
+    grammar: Grammar | None = None
+    processor: LogitsProcessor | None = None
+    samples_only: InitVar[bool] = False
+    takes_more: InitVar[bool] = False
+
+    def __post_init__(self, samples_only: bool, takes_more: bool) -> None:
+        engine, transform, grammar, symbols = self.engine, self.transform, self.grammar, self.symbols
         # A member with a token for every byte can continue any text.
-        self.may_be_stuck = options.grammar is not None and bool(
-            (options.grammar.byte_ids < 0).any() or (symbols[options.grammar.byte_ids] < 0).any()
+        self.may_be_stuck = grammar is not None and bool(
+            (grammar.byte_ids < 0).any() or (symbols[grammar.byte_ids] < 0).any()
         )
         self._has_duplicates = mark_duplicates(symbols)
         self._mapped: _MappedIds | None = None  # the latest
-        samples_only = options.samples_only and options.processor is None
+        samples_only &= self.processor is None
         self.samples_itself = samples_only and engine.samples_itself(transform.sampling, transform.banned)
         # An engine runs ahead only where it samples on the device, which takes a top-k filter.
         can_run_ahead = samples_only and transform.top_k_filter is not None
         self.run_ahead = engine.run_ahead_depth if can_run_ahead else 0
         if not self.samples_itself:
-            _check_top_k_limit(self, takes_more=options.takes_more)
+            _check_top_k_limit(self, takes_more=takes_more)
 
     @property
     def is_partial(self) -> bool:
@@ -107,20 +96,6 @@ class Member:
     def tokens_per_symbol(self) -> Ids:
         """How many of its ids stand for each symbol, int64 (symbols,)."""
         return np.bincount(self.symbols[self.symbols >= 0])
-
-    def distribution(
-        self,
-        logits: LogitsRow,
-        history: TokenHistory | None = None,
-        allowed: TokenMask | None = None,
-        *,
-        normalize: bool = True,
-    ) -> Candidates:
-        """Return `K_i A_i p_i`: the distribution over shared symbols from logits, whole or filtered.
-
-        normalize: whether it is to sum to 1; if not, it is in proportion.
-        """
-        return self.map_to_symbols(self.transform(logits, history, allowed, normalize=normalize))
 
     def map_to_symbols(self, tokens: Candidates) -> Candidates:
         """Return the distribution over shared symbols from one over the member's ids: the map `K_i`."""
@@ -186,27 +161,26 @@ class MemberView:
         """Return the request for the logits that the member's distribution needs, for the text as it is now."""
         return LogitsRequest(self._index, self.ids(), 1, self.top_k_filter, allowed=self.allowed_ids())
 
-    def logits_among(
-        self, mask: npt.NDArray[np.bool_], logits: Logits, ids: Ids | None = None, text: bytes | None = None
-    ) -> RequestFlow[LogitsRow | None]:
-        """Return the logits of some ids alone; None where none of them is possible.
+    def distribution_among(
+        self, mask: TokenMask, logits: LogitsRow, ids: Ids | None = None, text: bytes | None = None
+    ) -> RequestFlow[Candidates]:
+        """Return the member's distribution where some ids alone are possible; empty where none of them is.
 
         An engine that reports its most likely tokens is asked for those among the ids.
 
         Args:
             mask: Which ids, bool (vocab,).
-            logits: The member's logits, (vocab,).
+            logits: The member's logits.
             ids, text: Its tokens and the bytes of a prefix of the text, where that is not all of it.
         """
-        if self.member.engine.top_k_limit is None:
-            masked: Logits = np.where(mask, logits, -np.inf)
-            return masked if np.isfinite(masked).any() else None
-        for allowed in self.allowed_ids(text):
-            mask = mask if allowed is None else mask & allowed
-        ids = self.ids() if ids is None else ids
-        [[row]] = yield [LogitsRequest(self._index, ids, 1, self.top_k_filter, allowed=(mask,))]
-        possible = np.isfinite(row.logprobs)
-        return Candidates(row.ids[possible], row.logprobs[possible]) if possible.any() else None
+        if (allowed := self._allowed(text)) is not None:
+            mask = mask & allowed
+        if self.member.engine.top_k_limit is not None:
+            request_ids = self.ids() if ids is None else ids
+            [[row]] = yield [LogitsRequest(self._index, request_ids, 1, self.top_k_filter, allowed=(mask,))]
+            possible = np.isfinite(row.logprobs)
+            logits = Candidates(row.ids[possible], row.logprobs[possible])
+        return self.bind_distribution(ids, text, mask)(logits)
 
     def _allowed(self, text: bytes | None = None) -> TokenMask | None:
         """Return the grammar's mask after the text as it is now, or after a prefix of it; None without a grammar."""
@@ -260,41 +234,33 @@ class MemberView:
         """Return the member's distribution over symbols from its logits for `ids()`, whole or filtered."""
         return self.bind_distribution()(logits)
 
-    def bind_distribution(self, *, normalize: bool = True) -> Callable[[LogitsRow], Candidates]:
+    def bind_distribution(
+        self,
+        ids: Ids | None = None,
+        text: bytes | None = None,
+        among: TokenMask | None = None,
+        *,
+        normalize: bool = True,
+        of_tokens: bool = False,
+    ) -> Callable[[LogitsRow], Candidates]:
         """Return `distribution` for the text as it is now, for logits that are known when it has grown.
 
-        normalize: whether it is to sum to 1; if not, it is in proportion.
+        Args:
+            ids, text: The member's tokens and the bytes of a prefix of the text, to bind that instead.
+            among: The only ids that are possible, bool (vocab,); by default those that the grammar allows.
+            normalize: Whether it is to sum to 1; if not, it is in proportion.
+            of_tokens: Whether it is that over the member's own ids, `A_i p_i`.
         """
-        process, transform = self._bind_processor(), self.bind_transform(normalize=normalize)
-        return transform if process is None else lambda logits: transform(process(logits))
+        member, history, process = self.member, self._history(ids), self._bind_processor(ids)
+        before = self.state.substring() if text is None and self._matcher is not None else text
 
-    def bind_transform(
-        self, ids: Ids | None = None, text: bytes | None = None, *, normalize: bool = True
-    ) -> Callable[[LogitsRow], Candidates]:
-        """Return what `bind_distribution` does, for logits that `process` has changed.
+        def distribution(logits: LogitsRow) -> Candidates:
+            allowed = self._allowed(before) if among is None else among
+            processed = logits if process is None else process(logits)
+            tokens = member.transform(processed, history, allowed, normalize=normalize)
+            return tokens if of_tokens else member.map_to_symbols(tokens)
 
-        ids, text: the member's tokens and the bytes of a prefix of the text, to bind that instead.
-        """
-        history, distribution = self._history(ids), partial(self.member.distribution, normalize=normalize)
-        if self._matcher is None and history is None:
-            return distribution
-        if self._matcher is None:
-            return lambda logits: distribution(logits, history)
-        before = self.state.substring() if text is None else text
-        return lambda logits: distribution(logits, history, self._allowed(before))
-
-    def bind_token_distribution(self) -> Callable[[LogitsRow], Candidates]:
-        """Return the function from logits for the text as it is now to the distribution over own ids: `A_i p_i`."""
-        history, transform, process = self._history(), self.member.transform, self._bind_processor()
-        allowed = self._allowed()
-        if process is None:
-            return lambda logits: transform(logits, history, allowed)
-        return lambda logits: transform(process(logits), history, allowed)
-
-    def process(self, logits: LogitsRow, ids: Ids) -> LogitsRow:
-        """Return the logits after `ids` as the member's logits processor changes them, if it has one."""
-        process = self._bind_processor(ids)
-        return logits if process is None else process(logits)
+        return distribution
 
     def _bind_processor(self, ids: Ids | None = None) -> Callable[[LogitsRow], LogitsRow] | None:
         """Return the member's logits processor for the text as it is now, or for other ids; None without one."""

@@ -187,7 +187,7 @@ class TokenSpellings:
 
 
 def _over_strings(view: MemberView, strings: Ids) -> Callable[[LogitsRow], Candidates]:
-    tokens = view.bind_token_distribution()
+    tokens = view.bind_distribution(of_tokens=True)
 
     def distribution(logits: LogitsRow) -> Candidates:
         ids, logprobs = tokens(logits)

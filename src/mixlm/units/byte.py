@@ -32,14 +32,14 @@ it still reads on. In prose, the bytes after the last forced boundary are those 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from mixlm.tokenization.incremental import Encoder, IncrementalEncoder
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRow
+from mixlm.types import Candidates, Floats, Ids, Logits
 from mixlm.units.base import TokenBuffer, UnitTraits
 from mixlm.units.piece import PieceState, PieceUnit
 
@@ -133,13 +133,9 @@ class RankedDistribution(NamedTuple):
 
 
 class BoundaryOutput(NamedTuple):
-    """A member's output at one boundary.
-
-    logits: (vocab,). transform: how logits become a distribution over symbols there. distribution: that of `logits`.
-    """
+    """A member's output at one boundary: its logits, (vocab,), and its distribution."""
 
     logits: Logits
-    transform: Callable[[LogitsRow], Candidates]
     distribution: RankedDistribution
 
 

@@ -23,7 +23,6 @@ from mixlm.binding import MemberSpec
 from mixlm.core.sampling import Transform, softmax
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
-from mixlm.engines.remote.capabilities import ServerCapabilities
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.remote.http_client import ClientLimits
 from mixlm.engines.requests import LogitsRequest
@@ -366,7 +365,6 @@ def sampler(fake, folder) -> RemoteEngine:
 def test_a_server_that_samples_itself_is_asked_for_several_tokens(fake, folder, masks):
     fake.samples, fake.masks = True, masks
     remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
-    assert remote.replicas[0].server.capabilities == ServerCapabilities("", masks)
     assert remote.details["samples itself"] == ("yes, masking" if masks else "yes")
     alone = Ensemble([MemberSpec(remote, "a")])
     fake.requests.clear()

@@ -27,7 +27,7 @@ from mixlm.binding import MemberSpec
 from mixlm.config import parse_config
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.remote.engine import RemoteEngine
-from mixlm.engines.remote.replica import ReplicaRequirements
+from mixlm.engines.remote.replica import ReplicaSet
 from mixlm.engines.requests import LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.errors import (
@@ -145,6 +145,14 @@ def test_servers_with_different_models_are_no_replicas(fakes, folder):  # noqa: 
         RemoteEngine(urls(fakes), folder, QUICK)
 
 
+def test_servers_that_refuse_to_sample_in_the_same_way_are_replicas(fakes, folder, monkeypatch):  # noqa: F811
+    for fake in fakes:
+        monkeypatch.setattr(fake, "refusal", lambda body: {"error": "no"} if "return_token_ids" in body else None)
+    engine = RemoteEngine(urls(fakes), folder, QUICK)
+    assert all(replica.is_ready for replica in engine.replicas)
+    assert "the server refuses (400): no" in engine.details["samples itself"]
+
+
 def test_a_server_that_is_not_there_yet_is_taken_in_later(fakes, folder):  # noqa: F811
     for missing in (0, 1):
         fakes[missing].stop()
@@ -167,13 +175,13 @@ def test_no_sequence_waits_for_a_server_that_is_retried(fakes, folder, monkeypat
     fakes[0].stop()
     sessions[0].logits(np.arange(5, 10))
     released = threading.Event()
-    connect = ReplicaRequirements.connect
+    connect = ReplicaSet.connect
 
     async def wait_and_connect(self, replica):
         await asyncio.to_thread(released.wait, 60)
-        return await connect(self, replica)
+        await connect(self, replica)
 
-    monkeypatch.setattr(ReplicaRequirements, "connect", wait_and_connect)
+    monkeypatch.setattr(ReplicaSet, "connect", wait_and_connect)
     fakes[0].start()
     for session in sessions:
         session.logits(np.arange(5, 11))  # the retry is under way, and not waited for

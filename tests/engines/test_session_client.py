@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,15 @@ pytest.importorskip("aiohttp")
 pytest.importorskip("websockets")
 from websockets.sync.server import Server, ServerConnection, serve
 
-from mixlm.engines.remote.http_client import ApiKey, ClientLimits
-from mixlm.engines.remote.session_client import SESSION_PATH, SessionPool, parse_generated, parse_top_tokens
+from mixlm.engines.remote.http_client import ClientLimits
+from mixlm.engines.remote.model_info import ModelInfo
+from mixlm.engines.remote.openai_server import OpenAIServer
+from mixlm.engines.remote.server import TokenizerProbe
+from mixlm.engines.remote.session_client import SessionPool
+from mixlm.engines.requests import GenerateRequest
+from mixlm.engines.vllm.sampling_params import SESSION_PATH
 from mixlm.errors import EngineError, RequestRefusedError
+from mixlm.types import Sampling
 
 KEY = "secret-7"
 PARAMETERS = {"max_tokens": 2}
@@ -79,7 +86,7 @@ def pool_of(server: FakeSessionServer, key: str = KEY, checks: list[int] | None 
         if checks is not None:
             checks.append(len(server.connections))
 
-    return SessionPool(server.url, ApiKey(key), ClientLimits(connect=2, response=5), check)
+    return SessionPool(server.url, key, ClientLimits(connect=2, response=5), check)
 
 
 def test_only_what_is_new_is_sent(server):
@@ -87,7 +94,7 @@ def test_only_what_is_new_is_sent(server):
         checks: list[int] = []
         pool, owner = pool_of(server, checks=checks), Owner()
         response = await pool.generate(owner, np.array([5, 6]), PARAMETERS, "0-3")
-        assert parse_generated(response, server.url).ids == [7, 8]
+        assert response["ids"] == [7, 8]
         await pool.generate(owner, np.array([5, 6, 7, 8, 20]), PARAMETERS)
         await pool.generate(owner, np.array([5, 6, 30]), PARAMETERS)
         assert len(checks) == 1
@@ -138,7 +145,7 @@ def test_another_model_is_not_continued(server):
         async def check() -> None:
             raise EngineError("has another model now")
 
-        pool = SessionPool(server.url, ApiKey(KEY), ClientLimits(connect=2, response=5), check)
+        pool = SessionPool(server.url, KEY, ClientLimits(connect=2, response=5), check)
         with pytest.raises(EngineError, match="has another model now"):
             await pool.generate(Owner(), np.array([5, 6]), PARAMETERS)
 
@@ -163,6 +170,24 @@ def test_a_connection_ends_with_its_sequence(server):
     asyncio.run(run())
 
 
+class Route:
+    """The session route, which sends one response."""
+
+    def __init__(self, response: dict[str, Any]) -> None:
+        self.response = response
+
+    async def generate(self, *_: Any) -> dict[str, Any]:
+        return self.response
+
+
+def server_with(response: dict[str, Any]) -> OpenAIServer:
+    client: Any = SimpleNamespace(base_url="http://x")
+    server = OpenAIServer(client, ModelInfo({"id": "x"}, {}), TokenizerProbe([], [], [b"x"] * 10, frozenset(), ""))
+    route: Any = Route(response)
+    server.sessions = route
+    return server
+
+
 @pytest.mark.parametrize(
     "response",
     [
@@ -174,13 +199,16 @@ def test_a_connection_ends_with_its_sequence(server):
     ],
 )
 def test_a_malformed_response_is_an_error(response):
+    none = np.zeros(0, dtype=np.int64)
+    request = GenerateRequest(0, np.array([5]), 1, Sampling(), none, 1)
     with pytest.raises(EngineError, match="sends a malformed response"):
-        parse_generated(response, "http://x")
+        asyncio.run(server_with(response).generate(Owner(), request, ()))
 
 
 def test_top_tokens_are_those_of_the_only_position():
-    candidates = parse_top_tokens({"ids": [5], "logprobs": [{"5": -1.0, "9": -2.0}]}, "http://x")
+    response = {"ids": [5], "logprobs": [{"5": -1.0, "9": -2.0}]}
+    candidates = asyncio.run(server_with(response).candidates(Owner(), np.array([5]), 2)).candidates
     assert (candidates.ids.tolist(), candidates.logprobs.tolist()) == ([5, 9], [-1.0, -2.0])
-    for response in ({"logprobs": []}, {"logprobs": [{}]}, {"logprobs": [{"5": "x"}]}, {}):
+    for wrong in ({"logprobs": []}, {"logprobs": [{}]}, {"logprobs": [{"5": "x"}]}, {}):
         with pytest.raises(EngineError, match="sends a malformed response"):
-            parse_top_tokens(response, "http://x")
+            asyncio.run(server_with(wrong).candidates(Owner(), np.array([5]), 2))

@@ -21,9 +21,10 @@ from mixlm.binding import MemberSpec
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
 from mixlm.engines.remote.engine import RemoteEngine
-from mixlm.engines.remote.http_client import ApiKey, ClientLimits
-from mixlm.engines.remote.session_client import SESSION_PATH, SessionPool
+from mixlm.engines.remote.http_client import ClientLimits
+from mixlm.engines.remote.session_client import SessionPool
 from mixlm.engines.requests import GenerateRequest
+from mixlm.engines.vllm.sampling_params import SESSION_PATH
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError
 from mixlm.types import Sampling
@@ -73,7 +74,7 @@ def test_the_key_holds_for_sessions_too(server):
         pass
 
     for key, expected in ((KEY, True), ("another", False)):
-        assert asyncio.run(SessionPool(server, ApiKey(key), QUICK, check).is_available()) == expected
+        assert asyncio.run(SessionPool(server, key, QUICK, check).is_available()) == expected
 
 
 def test_a_connection_that_was_closed_is_opened_again(engine):

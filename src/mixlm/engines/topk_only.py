@@ -7,13 +7,13 @@ when an ensemble is set up (`decoding`).
 
 Where a grammar allows some ids only, the k most probable ones of these are needed. Either they are among the most
 probable of all, as far as these are requested, or the engine is asked for the most probable of given ids. How depends
-on the engine (`protocols`); what it reports tells whether they are all there.
+on the engine; what it reports tells whether they are all there.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -64,11 +64,6 @@ class TopKOnlyEngine(Engine):
     def reported_tokens(self) -> int:
         """How many of the most likely tokens, special ones too, it returns with any request."""
         return min(self.top_k_limit + self.extra_tokens, self.max_top_k or self.vocabulary.size)
-
-    def letter_token(self) -> int:
-        """Return the id of a token that is whole characters."""
-        letters = (i for i, token in enumerate(self.vocabulary.tokens) if token.isalpha() and token.isascii())
-        return next(letters, 0)
 
 
 # A grammar's ids are listed at once where they are so few.
@@ -224,6 +219,16 @@ class TopKOnlySession(Session):
                 )
             else:
                 count = min(4 * count, limit)
+
+
+def listed_candidates(entries: Iterable[tuple[int, float]]) -> Candidates:
+    """Return candidates of ids and log-probabilities. Raises ValueError where they are none, or not distinct."""
+    pairs = list(entries)
+    ids = np.array([token for token, _ in pairs], dtype=np.int64)
+    logprobs = np.array([logprob for _, logprob in pairs], dtype=np.float64)
+    if ids.size == 0 or np.isnan(logprobs).any() or ids.min() < 0 or len(set(ids)) != ids.size:
+        raise ValueError("the tokens returned are not distinct ids with numbers")
+    return Candidates(ids, logprobs)
 
 
 def _masked(candidates: Candidates, mask: npt.NDArray[np.bool_]) -> Candidates:

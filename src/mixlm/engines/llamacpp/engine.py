@@ -19,15 +19,15 @@ import numpy as np
 
 from mixlm.engines.base import Session, TextInterface
 from mixlm.engines.batching import respond_in_threads
+from mixlm.engines.llamacpp.protocol import LlamaCppProtocol
 from mixlm.engines.llamacpp.slots import Slots
 from mixlm.engines.registry import EngineSpec
-from mixlm.engines.remote.protocols import LlamaCppProtocol
 from mixlm.engines.requests import Request, Response
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.errors import ConfigError, EngineError, ModelLoadError, ModelNotFoundError, TokenizerError
 from mixlm.models.gguf import find_gguf, tokenizer_folder
-from mixlm.models.header import known_header
+from mixlm.models.header import read_header
 from mixlm.models.resolve import resolve
 from mixlm.types import Candidates, Ids, Logits
 
@@ -83,7 +83,7 @@ class LlamaCppEngine(TopKOnlyEngine):
             )
         if spec.adapter is not None:
             raise ConfigError(f"member {spec.name} has an adapter, and llama.cpp is given none", "use --engine hf")
-        self._header = header = known_header(path)
+        self._header = header = read_header(path)
         self._tokenizer = TokenizerSetup.load(str(folder), spec.name)
         size = len(self._tokenizer.tokenizer)
         if size > header.tokens:
@@ -99,7 +99,7 @@ class LlamaCppEngine(TopKOnlyEngine):
         self.max_sequences = spec.slots
         self.top_k_limit = min(spec.candidates, header.tokens)
         self.weights_bytes = path.stat().st_size
-        self.protocol = LlamaCppProtocol(self.letter_token())
+        self.protocol = LlamaCppProtocol(letter_token=self.encoder.encode(b"A").ids[0])
         dtype = "one token at a time" if exact else "GGUF"
         self.details = {"engine": "llama.cpp", "device": "cpu", "dtype": dtype}
         self._threads = ThreadPoolExecutor(spec.slots)

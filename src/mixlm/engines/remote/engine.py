@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -22,11 +23,11 @@ import numpy as np
 
 from mixlm.engines.base import Session, TextInterface
 from mixlm.engines.registry import EngineSpec, is_remote
-from mixlm.engines.remote.endpoint import CandidatesResponse
-from mixlm.engines.remote.http_client import ApiKey, ClientLimits, EventLoopThread, HttpClient
+from mixlm.engines.remote.http_client import ClientLimits, EventLoopThread, HttpClient
 from mixlm.engines.remote.model_info import ModelInfo, read_model_info
-from mixlm.engines.remote.replica import Replica, ReplicaRequirements, ReplicaSet
-from mixlm.engines.remote.server import PROBE_TEXT, ModelServer, TokenizerProbe
+from mixlm.engines.remote.probing import PROBE_TEXT, probe
+from mixlm.engines.remote.replica import Replica, ReplicaSet
+from mixlm.engines.remote.server import ModelServer, TokenizerProbe, TopTokens
 from mixlm.engines.requests import (
     AllowedIds,
     Forward,
@@ -110,7 +111,7 @@ class RemoteEngine(TopKOnlyEngine):
         except BaseException:
             _close(self._loop, self.replicas)
             raise
-        self._closing = weakref.finalize(self._replica_set, _close, self._loop, self.replicas)
+        self._closing = weakref.finalize(self.replica_set, _close, self._loop, self.replicas)
 
     def _connect(self, spec: EngineSpec, folder: Path | None, use_sessions: bool) -> None:
         first, info = self._loop.run(_find_first(self.replicas))
@@ -128,28 +129,25 @@ class RemoteEngine(TopKOnlyEngine):
         context_length = spec.context or info.context_length()
         super().__init__(name, self.text_interface(replace(spec, name=name)), context_length)
         ids, first_ids = (self.encoder.encode(text).ids for text in (PROBE_TEXT.encode(), b"A"))
-        tokenizer = TokenizerProbe(
-            ids, first_ids, self.letter_token(), self.vocabulary.tokens, self.vocabulary.end_ids, str(folder)
-        )
+        tokenizer = TokenizerProbe(ids, first_ids, self.vocabulary.tokens, self.vocabulary.end_ids, str(folder))
         # Some servers do not survive a request for more tokens than there are.
         count = min(spec.candidates + self.extra_tokens, self.vocabulary.size)
-        server = self._loop.run(ModelServer.probe(first.client, info, tokenizer, count, use_sessions=use_sessions))
+        probe_server = partial(probe, tokenizer=tokenizer, count=count, use_sessions=use_sessions)
+        self._server = server = self._loop.run(probe_server(first.client, info))
         first.use(server)
         self.max_top_k = server.limit
         self.extra_tokens = min(self.extra_tokens, server.max_logprobs // 5)
         self.top_k_limit = min(spec.candidates, server.max_logprobs - self.extra_tokens)
         self.takes_ids = server.takes_ids
         self.max_unlisted = server.max_logprobs
-        self._capabilities = server.capabilities
-        requirements = ReplicaRequirements(tokenizer, server, self.context_length, count, use_sessions)
-        self._replica_set = ReplicaSet(self.name, self.replicas, requirements)
-        self._loop.run(self._replica_set.connect_others())
+        self.replica_set = ReplicaSet(self.name, self.replicas, server, self.context_length, probe_server)
+        self._loop.run(self.replica_set.connect_others())
         self.details = {
-            "engine": server.protocol.name,
+            "engine": server.name,
             "device": self.device,
             "dtype": "the server's",
             "prefix cache": "reported" if server.reports_cached else "not reported",
-            "samples itself": server.capabilities.summary,
+            "samples itself": server.samples,
         }
 
     def session(self) -> RemoteSession:
@@ -192,52 +190,11 @@ class RemoteEngine(TopKOnlyEngine):
 
     def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
         """Whether the servers sample themselves as the options say, and report the log-probabilities."""
-        return self._capabilities.samples_itself(sampling, banned)
+        return self._server.samples_itself(sampling, banned)
 
     def alive(self) -> bool:
         """Whether a server answers, with the model that it had."""
-        return self._loop.run(self._replica_set.is_any_alive())
-
-    async def request_candidates(self, session: RemoteSession, query: TopTokensQuery) -> CandidatesResponse:
-        """Ask for the most likely tokens. Raises EngineError."""
-        return await self._with_failover(session, lambda server: server.candidates(session, *query))
-
-    async def request_generation(self, session: RemoteSession, request: GenerateRequest) -> GenerateResponse:
-        """Let a server sample up to `length` tokens. Raises EngineError."""
-        length = min(request.max_tokens, self.context_length + 1 - len(request.ids))
-        request, ends = replace(request, max_tokens=length), sorted(self.vocabulary.end_ids)
-        return await self._with_failover(session, lambda server: server.generate(session, request, ends))
-
-    async def request_scores(self, session: RemoteSession, ids: Ids) -> TokenScores:
-        """Ask for the log-probabilities of a prompt's tokens but the first.
-
-        Raises:
-            EngineError: No server answers.
-            UnsupportedError: A server returns none.
-        """
-        return await self._with_failover(session, lambda server: server.prompt_scores(session, ids))
-
-    async def _with_failover(self, session: RemoteSession, send: Callable[[ModelServer], Awaitable[_T]]) -> _T:
-        """Ask the session's own server, and another one where that fails."""
-        failed: list[Replica] = []
-        while True:
-            replica = session.replica
-            if replica is None or not replica.is_ready:
-                replica = await self._replica_set.choose(failed)
-                session.move(replica)
-            assert replica.server is not None
-            try:
-                return await send(replica.server)
-            except RequestRefusedError:
-                raise  # the others are like this one
-            except EngineError as error:
-                if len(self.replicas) == 1:
-                    raise
-                self._replica_set.exclude(replica, error)
-                failed.append(replica)
-                session.move(None)
-                if not self._replica_set.can_answer(failed):
-                    raise
+        return self._loop.run(self.replica_set.is_any_alive())
 
     async def _send(self, session: Session, request: Request) -> Any:
         assert isinstance(session, RemoteSession)
@@ -261,7 +218,36 @@ class RemoteSession(TopKOnlySession):
         self.lock = asyncio.Lock()
         self.replica: Replica | None = None
 
-    def move(self, replica: Replica | None) -> None:
+    async def ask(self, send: Callable[[ModelServer], Awaitable[_T]]) -> _T:
+        """Ask the sequence's own server, and another one where that fails.
+
+        Raises:
+            EngineError: no server answers.
+        """
+        replica_set = self._engine.replica_set
+        failed: list[Replica] = []
+        while True:
+            if self.replica is None or not self.replica.is_ready:
+                self._move(await replica_set.choose(failed))
+            replica = self.replica
+            assert replica is not None
+            assert replica.server is not None
+            try:
+                response = await send(replica.server)
+                await replica.server.check()
+                return response
+            except RequestRefusedError:
+                raise  # the others are like this one
+            except EngineError as error:
+                if len(self._engine.replicas) == 1:
+                    raise
+                replica_set.exclude(replica, error)
+                failed.append(replica)
+                self._move(None)
+                if not replica_set.can_answer(failed):
+                    raise
+
+    def _move(self, replica: Replica | None) -> None:
         """Stay with another server."""
         if self.replica is not None:
             self.replica.release(self)
@@ -272,7 +258,7 @@ class RemoteSession(TopKOnlySession):
     def reset(self) -> None:
         """Start anew."""
         super().reset()
-        self.move(None)
+        self._move(None)
 
     def generate(self, request: GenerateRequest) -> GenerateResponse:
         """Let a server sample tokens."""
@@ -280,8 +266,10 @@ class RemoteSession(TopKOnlySession):
 
     async def generate_async(self, request: GenerateRequest) -> GenerateResponse:
         """Do what `generate` does, without blocking."""
-        start = time.perf_counter()
-        response = await self._engine.request_generation(self, request)
+        engine, start = self._engine, time.perf_counter()
+        ends = sorted(engine.vocabulary.end_ids)
+        sent = replace(request, max_tokens=min(request.max_tokens, engine.context_length + 1 - len(request.ids)))
+        response = await self.ask(lambda server: server.generate(self, sent, ends))
         self.record_generation(request.ids, response, time.perf_counter() - start)
         return response
 
@@ -298,7 +286,7 @@ class RemoteSession(TopKOnlySession):
             try:
                 query = next(queries)
                 while True:
-                    response = await self._engine.request_candidates(self, query)
+                    response = await self._ask_top_tokens(query)
                     cached = cached if response.cached is None else min(response.cached, len(ids) - 1)
                     query = queries.send(response.candidates)
             except StopIteration as stop:
@@ -321,16 +309,19 @@ class RemoteSession(TopKOnlySession):
         if len(ids) < 2:
             return TokenScores(np.zeros(0), np.zeros(0, dtype=np.bool_))
         start = time.perf_counter()
-        scores = await self._engine.request_scores(self, ids)
+        scores = await self.ask(lambda server: server.prompt_scores(self, ids))
         self.stats.forwards.append(Forward(len(ids), 0, time.perf_counter() - start))
         return scores
 
     def top_tokens(self, ids: Ids, count: int, among: Ids | None = None) -> Candidates:
         """Return at least the `count` most likely tokens after `ids`."""
-        return self._engine.run(self._engine.request_candidates(self, TopTokensQuery(ids, count, among))).candidates
+        return self._engine.run(self._ask_top_tokens(TopTokensQuery(ids, count, among))).candidates
+
+    async def _ask_top_tokens(self, query: TopTokensQuery) -> TopTokens:
+        return await self.ask(lambda server: server.candidates(self, *query))
 
 
-async def _create_replicas(urls: Sequence[str], key: ApiKey, limits: ClientLimits) -> list[Replica]:
+async def _create_replicas(urls: Sequence[str], key: str | None, limits: ClientLimits) -> list[Replica]:
     replicas = []
     for url in urls:
         base_url, _, model = url.strip().partition("#")
@@ -359,10 +350,10 @@ def _close(loop: EventLoopThread, replicas: Sequence[Replica]) -> None:
     loop.close(close_all())
 
 
-def _read_key(spec: EngineSpec) -> ApiKey:
+def _read_key(spec: EngineSpec) -> str | None:
     if spec.key_env is None:
-        return ApiKey()
+        return None
     key = os.environ.get(spec.key_env)
     if not key:
         raise ConfigError(f"the environment variable {spec.key_env} is not set, and key_env names it")
-    return ApiKey(key)
+    return key

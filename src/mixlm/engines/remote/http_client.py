@@ -21,9 +21,8 @@ from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -66,23 +65,11 @@ class ClientLimits:
     first_retry: float = 0.5
 
 
-@dataclass(frozen=True)
-class ApiKey:
-    """A server's key, if there is one. Its `repr` does not show it."""
-
-    value: str | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class HttpResponse:
-    """A response: its status and its JSON.
-
-    new_connection: whether a connection was made for it, so that another server may have sent it.
-    """
+class HttpResponse(NamedTuple):
+    """A response: its status and its JSON."""
 
     status: int
     value: Any
-    new_connection: bool
 
 
 class EventLoopThread:
@@ -121,20 +108,23 @@ class EventLoopThread:
 class HttpClient:
     """The connections to one server. To be created and used in the event loop that sends its requests.
 
+    connections_made: how many so far; behind each may be another server.
+
     Args:
         base_url: the server's URL, without the path of a request.
-        key: sent as a bearer token.
+        key: sent as a bearer token, None for none.
     """
 
-    def __init__(self, base_url: str, key: ApiKey, limits: ClientLimits) -> None:
+    def __init__(self, base_url: str, key: str | None, limits: ClientLimits) -> None:
         self.base_url = base_url
         self.key = key
         self.limits = limits
+        self.connections_made = 0
         self._proxy = _proxy_of(base_url)
         # Responses are short, and decompressing them would cost more than it saves.
         self._headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
-        if key.value:
-            self._headers["Authorization"] = f"Bearer {key.value}"
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
         self._capacity = asyncio.Semaphore(limits.connections)  # waiting for it has no time limit
         tls = _tls_context() if base_url.startswith("https:") else True
         self._session = self._open_session(tls)
@@ -165,7 +155,7 @@ class HttpClient:
         while True:
             attempts += 1
             try:
-                status, headers, content, is_new = await self._send(session, method, path, body, seconds)
+                status, headers, content = await self._send(session, method, path, body, seconds)
             except TimeoutError as error:
                 is_connecting = isinstance(error, aiohttp.ConnectionTimeoutError)
                 limit = self.limits.connect if is_connecting else self.limits.response
@@ -176,7 +166,7 @@ class HttpClient:
                 session = self._retry_session
                 continue
             if status not in _BUSY:
-                return HttpResponse(status, _parse(status, content, self.base_url), is_new)
+                return HttpResponse(status, _parse(status, content, self.base_url))
             wait = _back_off(headers.get("Retry-After"), attempts)
             if time.monotonic() + wait > retry_until:
                 raise EngineError(f"{self.base_url} is busy (status {status}), for {wait:.0f} more seconds at least")
@@ -184,10 +174,9 @@ class HttpClient:
 
     async def _send(
         self, session: aiohttp.ClientSession, method: str, path: str, body: dict[str, Any] | None, seconds: float | None
-    ) -> tuple[int, Any, bytes, bool]:
-        """Return status, headers and content of the response, and whether a connection was made for it."""
+    ) -> tuple[int, Any, bytes]:
+        """Return status, headers and content of the response."""
         data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        connection = SimpleNamespace(is_new=False)
         async with (
             asyncio.timeout(seconds),
             self._capacity,
@@ -197,16 +186,18 @@ class HttpClient:
                 headers=self._headers,
                 proxy=self._proxy,
                 allow_redirects=False,
-                trace_request_ctx=connection,
                 data=data,
             ) as response,
         ):
             content = await response.read()
-        return response.status, response.headers, content, bool(connection.is_new)
+        return response.status, response.headers, content
+
+    async def _count_connection(self, *_: Any) -> None:
+        self.connections_made += 1
 
     def _open_session(self, tls: ssl.SSLContext | bool, force_close: bool = False) -> aiohttp.ClientSession:
         trace = aiohttp.TraceConfig()
-        trace.on_connection_create_end.append(_note_new_connection)
+        trace.on_connection_create_end.append(self._count_connection)
         timeout = aiohttp.ClientTimeout(
             total=self.limits.connect + self.limits.response,
             connect=self.limits.connect,
@@ -219,10 +210,6 @@ class HttpClient:
         return aiohttp.ClientSession(
             connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar(), trace_configs=[trace]
         )
-
-
-async def _note_new_connection(_session: aiohttp.ClientSession, context: Any, _params: Any) -> None:
-    context.trace_request_ctx.is_new = True
 
 
 def _proxy_of(base_url: str) -> str | None:

@@ -28,7 +28,7 @@ class ModelInfo:
     @property
     def is_sglang(self) -> bool:
         """Whether the server is SGLang's."""
-        return _is_sglang(self.card)
+        return self.card.get("owned_by") == "sglang"
 
     @property
     def adapter(self) -> str:
@@ -97,13 +97,13 @@ async def read_model_info(client: HttpClient, name: str) -> ModelInfo:
         ConfigError: it asks for a key, or has no such model.
         UnsupportedError: it has no `/v1/models`.
     """
-    card = await read_model_card(client, name)
+    info = ModelInfo(await read_model_card(client, name), {})
     # SGLang's has had two names: the second until version 0.5.5, and with a warning since.
-    for path in ("/server_info", "/get_server_info") if _is_sglang(card) else ("/props",):
-        response = await client.request("GET", path)
-        if response.status == 200 and isinstance(response.value, dict) and response.value:
-            return ModelInfo(card, response.value)
-    return ModelInfo(card, {})
+    for path in ("/server_info", "/get_server_info") if info.is_sglang else ("/props",):
+        status, value = await client.request("GET", path)
+        if status == 200 and isinstance(value, dict) and value:
+            return ModelInfo(info.card, value)
+    return info
 
 
 async def read_model_card(client: HttpClient, name: str) -> dict[str, Any]:
@@ -121,7 +121,7 @@ async def read_model_card(client: HttpClient, name: str) -> dict[str, Any]:
             f"{client.base_url} has no /v1/models (status {response.status})", "give the URL in front of /v1"
         ) from None
     if not name and len(cards) == 1:
-        return dict(next(iter(cards.values())))
+        [name] = cards
     if name not in cards:
         problem = f"no model {name!r}" if name else "several models or none"
         raise ConfigError(
@@ -129,7 +129,3 @@ async def read_model_card(client: HttpClient, name: str) -> dict[str, Any]:
             did_you_mean(name, cards) or "put #NAME behind the URL",
         )
     return dict(cards[name])
-
-
-def _is_sglang(card: dict[str, Any]) -> bool:
-    return card.get("owned_by") == "sglang"

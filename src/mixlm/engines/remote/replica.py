@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from weakref import WeakSet
 
 from mixlm.engines.base import Session
 from mixlm.engines.remote.http_client import HttpClient, time_limit
-from mixlm.engines.remote.model_info import read_model_info
-from mixlm.engines.remote.server import ModelServer, TokenizerProbe
+from mixlm.engines.remote.model_info import ModelInfo, read_model_info
+from mixlm.engines.remote.server import ModelServer
 from mixlm.errors import EngineError, MixlmError, UnsupportedError
 
 _log = logging.getLogger("mixlm")
@@ -66,7 +65,7 @@ class Replica:
         """Whether it answers soon, with the model that it had."""
         try:
             with time_limit(_QUICK):
-                return self.server is not None and await self.server.identity.is_unchanged()
+                return self.server is not None and await self.server.is_unchanged()
         except EngineError:
             return False
 
@@ -77,61 +76,51 @@ class Replica:
         await self.client.close()
 
 
-@dataclass(frozen=True)
-class ReplicaRequirements:
-    """What a server must have to be a replica of the others.
-
-    Args:
-        reference: the server that was connected first.
-        context_length: tokens that its context must hold.
-        count: how many of the most likely tokens it is asked for.
-        use_sessions: whether mixlm's session route is used where a server has it.
-    """
-
-    tokenizer: TokenizerProbe
-    reference: ModelServer
-    context_length: int
-    count: int
-    use_sessions: bool
-
-    async def connect(self, replica: Replica) -> ModelServer:
-        """Probe a server. Raises UnsupportedError where it is no replica, and what `ModelServer.probe` raises."""
-        info = await read_model_info(replica.client, replica.model)
-        server = await ModelServer.probe(
-            replica.client, info, self.tokenizer, self.count, use_sessions=self.use_sessions
-        )
-        summary, expected_summary = server.capabilities.summary, self.reference.capabilities.summary
-        limit, expected_limit = server.limit, self.reference.limit
-        reason = None
-        if not server.identity.matches(self.reference.identity.fingerprint):
-            reason = "has another model"
-        elif limit is not None and (expected_limit is None or limit < expected_limit):
-            reason = f"returns {limit} of the most likely tokens, others {expected_limit or 'all'}"
-        elif info.context_length() < self.context_length:
-            reason = f"has a context of {info.context_length()} tokens, others {self.context_length}"
-        elif self.reference.takes_ids and not server.takes_ids:
-            reason = "does not return the most likely of given ids, others do"
-        elif summary != expected_summary:
-            reason = f"samples itself: {summary}, others: {expected_summary}"
-        if reason is not None:
-            raise UnsupportedError(
-                f"{replica.client.base_url} {reason}: it is no replica", "servers of one member are alike"
-            )
-        return server
-
-
 class ReplicaSet:
     """The servers of one member.
 
     Args:
         name: the member's, for messages.
+        reference: the server that was connected first.
+        context_length: tokens that each server's context must hold.
+        probe: `probing.probe` for the member's tokenizer.
     """
 
-    def __init__(self, name: str, replicas: Sequence[Replica], requirements: ReplicaRequirements) -> None:
+    def __init__(
+        self,
+        name: str,
+        replicas: Sequence[Replica],
+        reference: ModelServer,
+        context_length: int,
+        probe: Callable[[HttpClient, ModelInfo], Awaitable[ModelServer]],
+    ) -> None:
         self._name = name
         self._replicas = replicas
-        self._requirements = requirements
+        self._reference = reference
+        self._context_length = context_length
+        self._probe = probe
         self._retries: dict[Replica, asyncio.Task[bool]] = {}
+
+    async def connect(self, replica: Replica) -> None:
+        """Probe a server and use it. Raises UnsupportedError where it is no replica, and what `probe` raises."""
+        info = await read_model_info(replica.client, replica.model)
+        server, reference = await self._probe(replica.client, info), self._reference
+        reason = None
+        if not server.has_model_of(reference):
+            reason = "has another model"
+        elif server.limit is not None and (reference.limit is None or server.limit < reference.limit):
+            reason = f"returns {server.limit} of the most likely tokens, others {reference.limit or 'all'}"
+        elif info.context_length() < self._context_length:
+            reason = f"has a context of {info.context_length()} tokens, others {self._context_length}"
+        elif reference.takes_ids and not server.takes_ids:
+            reason = "does not return the most likely of given ids, others do"
+        elif server.samples != reference.samples:
+            reason = f"samples itself: {server.samples}, others: {reference.samples}"
+        if reason is not None:
+            raise UnsupportedError(
+                f"{replica.client.base_url} {reason}: it is no replica", "servers of one member are alike"
+            )
+        replica.use(server)
 
     async def choose(self, failed: Sequence[Replica]) -> Replica:
         """Return the server with the fewest sequences among those that answer.
@@ -177,7 +166,7 @@ class ReplicaSet:
             if replica.is_ready or not replica.is_due:
                 continue
             try:
-                replica.use(await self._requirements.connect(replica))
+                await self.connect(replica)
             except EngineError as error:
                 replica.mark_failed()
                 _log.warning("%s: a server is left out: %s", self._name, error.message)
@@ -205,16 +194,15 @@ class ReplicaSet:
         """Connect a server that is not in use, or no longer. Returns whether it has the model."""
         try:
             with time_limit(_QUICK):
-                response = await replica.client.request("GET", "/v1/models")
-            if response.status != 200:
-                raise EngineError(f"status {response.status}")
-            server = await self._requirements.connect(replica)
+                status, _ = await replica.client.request("GET", "/v1/models")
+            if status != 200:
+                raise EngineError(f"status {status}")
+            await self.connect(replica)
         except Exception as error:  # nobody may wait for this
             message = error.message if isinstance(error, MixlmError) else repr(error)
             _log.warning("%s: %s stays left out: %s", self._name, replica.client.base_url, message)
             if replica.is_due:  # a check of whether it is alive may come before
                 replica.mark_failed()
             return False
-        replica.use(server)
         _log.warning("%s: %s takes part", self._name, replica.client.base_url)
         return True

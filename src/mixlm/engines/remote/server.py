@@ -1,198 +1,208 @@
-"""One server of llama.cpp, vLLM or SGLang, probed: how it is asked, what it can do, whether it still has its model.
+"""A model on a server of llama.cpp, vLLM or SGLang: requests to it, and the check that it is still the same model.
 
-The model is checked again whenever a connection had to be made anew: a text is never continued by another model under
-the same name.
+A module for each kind of server says how it is asked, how its responses are read, and what it samples itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+import math
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixlm.core.sampling import softmax
 from mixlm.engines.base import Session
 from mixlm.engines.llamacpp.slots import Slots
-from mixlm.engines.remote.capabilities import ServerCapabilities, parse_generation, probe_capabilities
-from mixlm.engines.remote.endpoint import CandidatesResponse, Endpoint, ModelIdentity
 from mixlm.engines.remote.http_client import HttpClient
-from mixlm.engines.remote.llamacpp_capabilities import COMPLETION_PATH, LlamaCppCapabilities, find_missing
-from mixlm.engines.remote.model_info import ModelInfo
-from mixlm.engines.remote.prompt_scores import score_prompt
-from mixlm.engines.remote.protocols import LlamaCppProtocol, OpenAIProtocol, ServerProtocol, SGLangProtocol
-from mixlm.engines.remote.session_client import SessionPool, parse_generated, parse_top_tokens
+from mixlm.engines.remote.model_info import ModelInfo, read_model_card
+from mixlm.engines.remote.session_client import SessionPool
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.engines.topk_only import TokenScores, TopKOnlySession
-from mixlm.engines.vllm.sampling_params import logprobs_parameters
-from mixlm.errors import EngineError, RequestRefusedError, TokenizerError, UnsupportedError
-from mixlm.types import Candidates, Ids
+from mixlm.errors import ConfigError, EngineError, RequestRefusedError, UnsupportedError
+from mixlm.types import Candidates, Ids, Sampling
 
-# Differences of the same log-probabilities in another batch: logits below 32 in bfloat16 are an eighth apart, and each
-# may be the next one.
-_SAME = 0.5
-PROBE_TEXT = "The sky is blue, and 12 + 30 = 42."
+# The same model in another batch returns slightly other probabilities: they differ by this total variation at most.
+_SAME_MODEL = 0.2
+_FINGERPRINT_TOKENS = 5
+# Of 4xx, those that are about the server: it wants another key, has no such model, or was too slow.
+_NOT_OF_THE_REQUEST = (401, 403, 404, 408)
 
 
 @dataclass(frozen=True)
 class TokenizerProbe:
     """What has to be known of a model's tokenizer to probe a server.
 
-    ids: of `PROBE_TEXT`. first_ids: a shorter prompt. letter_token: a token that is a letter. tokens: the
-    bytes of each id. ends: ids that end a text. folder: where the tokenizer is from, for errors.
+    ids: of `probing.PROBE_TEXT`. first_ids: of a letter. tokens: the bytes of each id. ends: ids that end a text.
+    folder: where the tokenizer is from, for errors.
     """
 
     ids: list[int]
     first_ids: list[int]
-    letter_token: int
     tokens: Sequence[bytes]
     ends: frozenset[int]
     folder: str
 
 
-@dataclass(eq=False)
-class ModelServer:
-    """A model on a server. `ModelServer.probe` makes one.
+class TopTokens(NamedTuple):
+    """The most likely tokens, as a server returns them.
 
-    max_logprobs: how many of the most likely tokens it returned when asked for as many as are wanted, or for the most
-    that it returns. limit: the most that it returns, None for all. capabilities: whether it samples itself, and with
-    which options. sessions: connections to mixlm's session route, None where the server has none. reports_cached:
-    whether it reports what its prefix cache held. takes_ids: whether it returns the most likely of given ids.
+    cached: tokens of the prompt that were in the server's prefix cache, None where it does not report it. returned: how
+    many tokens there are with padding.
     """
 
-    identity: ModelIdentity
-    max_logprobs: int
-    limit: int | None
-    capabilities: ServerCapabilities | LlamaCppCapabilities
-    sessions: SessionPool | None
-    reports_cached: bool
-    takes_ids: bool
+    candidates: Candidates
+    cached: int | None
+    returned: int = 0
 
-    def __post_init__(self) -> None:
-        self.protocol = self.identity.protocol
-        self._endpoint = self.identity.endpoint
-        slot_count = _slots_of(self.identity.info, self.protocol)
-        self._slots = None if slot_count is None else Slots(slot_count)
-        self._idle_slots = asyncio.Semaphore(slot_count or 0)
 
-    @classmethod
-    async def probe(
-        cls, client: HttpClient, info: ModelInfo, tokenizer: TokenizerProbe, count: int, *, use_sessions: bool = True
-    ) -> ModelServer:
-        """Find out how a server is asked, what it can do, and whether it tokenizes as the tokenizer does.
+class ModelServer(ABC):
+    """A model on a server. `probing.probe` makes one, and finds out what it can do.
 
-        Args:
-            count: how many of the most likely tokens it should return.
-            use_sessions: whether mixlm's session route is used where the server has it.
+    name: of the server's kind, for reports. path: where requests are sent. may_be_limited: whether such a server may be
+    set to return fewer of the most likely tokens than there are. missing: what `find_missing` found. sessions:
+    connections to mixlm's session route, None where the server has none. max_logprobs: how many of the most likely
+    tokens it returned when asked for as many as are wanted, or for the most that it returns. limit: the most that it
+    returns, None for all. reports_cached: whether it reports what its prefix cache held. takes_ids: whether it returns
+    the most likely of given ids.
+    """
 
-        Raises:
-            EngineError: it does not answer.
-            TokenizerError: it has another tokenizer.
-            UnsupportedError: it lacks something, which is named.
+    name: str
+    path = "/v1/completions"
+    may_be_limited = False
+    missing = ""
+    sessions: SessionPool | None = None
+    max_logprobs = 0
+    limit: int | None = None
+    reports_cached = False
+    takes_ids = False
+
+    def __init__(self, client: HttpClient, info: ModelInfo, tokenizer: TokenizerProbe) -> None:
+        self.client = client
+        self.info = info
+        self.tokenizer = tokenizer
+        # The last of several slots of llama.cpp is for checks of the model.
+        self._slots = Slots(max(info.total_slots - 1, 1)) if info.total_slots else None
+        self._idle_slots = asyncio.Semaphore(self._slots.count if self._slots else 0)
+        self._fingerprint: dict[int, float] = {}
+        self._check = asyncio.Lock()
+        self._connections_checked = 0
+
+    @abstractmethod
+    def request_bodies(self, ids: list[int], count: int, among: Ids | None = None) -> Sequence[dict[str, Any]]:
+        """Return requests for the `count` most likely tokens after `ids`, or of `among`, where those ids alone count.
+
+        They are sent in turn until a response has probabilities; those for the last are in the whole vocabulary.
         """
-        endpoint = Endpoint(client, info.name, len(tokenizer.tokens))
-        await _compare_tokenizers(endpoint, tokenizer)
-        protocol, max_logprobs, limit = await _probe_protocol(endpoint, info, tokenizer, count)
-        probe_slot = None if _slots_of(info, protocol) is None else info.total_slots - 1
-        identity = await ModelIdentity.read(endpoint, info, protocol, tokenizer.ids, probe_slot)
-        # Asked the same once more, it should have the beginning in its cache.
-        usual = await endpoint.candidates(protocol, tokenizer.ids, 5)
-        takes_ids = await _takes_ids(endpoint, protocol, tokenizer, usual.candidates)
-        capabilities: ServerCapabilities | LlamaCppCapabilities
-        sessions: SessionPool | None = None
-        if isinstance(protocol, LlamaCppProtocol):
-            complete = partial(identity.complete, path=COMPLETION_PATH)
-            missing = await find_missing(complete, np.array(tokenizer.ids))
-            capabilities = LlamaCppCapabilities(missing, tokenizer.tokens, tokenizer.ends)
-        elif isinstance(protocol, SGLangProtocol):
-            capabilities = ServerCapabilities(protocol.missing)
-        else:
-            capabilities = await probe_capabilities(endpoint.complete, tokenizer.ids)
-            pool = SessionPool(client.base_url, client.key, client.limits, identity.check)
-            if use_sessions and await pool.is_available():
-                sessions = pool
-        return cls(identity, max_logprobs, limit, capabilities, sessions, bool(usual.cached), takes_ids)
 
-    async def candidates(self, session: Session, ids: Ids, count: int, among: Ids | None = None) -> CandidatesResponse:
-        """Ask for at least the `count` most likely tokens after `ids`, of all or of some. Raises EngineError."""
-        if self.sessions is not None and among is None:  # its route takes no ids that count
-            response = await self.sessions.generate(session, ids, logprobs_parameters(count))
-            top_tokens = parse_top_tokens(response, self._endpoint.client.base_url)
-            return CandidatesResponse(self._endpoint.without_padding(top_tokens), response.get("cached"))
-        async with self._slot(session, ids) as slot:
-            normalized = isinstance(session, TopKOnlySession) and session.normalized
-            candidates = await self._endpoint.candidates(
-                self.protocol, ids.tolist(), count, slot, among, normalized=normalized
-            )
-        await self.identity.check(candidates.new_connection)
-        return candidates
+    @abstractmethod
+    def parse(self, response: Any) -> Candidates | None:
+        """Return the most likely tokens in a response, None where it has no probabilities.
+
+        Raises TypeError, LookupError or ValueError for what is no response of such a server.
+        """
+
+    @abstractmethod
+    async def find_missing(self) -> str:
+        """Find out what it lacks to sample itself, "" for nothing."""
+
+    @property
+    def samples(self) -> str:
+        """Whether it samples itself, in words, and why not."""
+        return f"no: {self.missing}" if self.missing else "yes"
+
+    def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
+        """Whether it can sample with these options and banned ids."""
+        return False
+
+    async def generate(self, session: Session, request: GenerateRequest, ends: Sequence[int]) -> GenerateResponse:
+        """Let it sample tokens itself. ends: ids that end a text. Raises EngineError."""
+        raise UnsupportedError(f"{self.client.base_url} does not sample: {self.missing}")
+
+    def score_requests(self, ids: list[int]) -> Sequence[tuple[dict[str, Any], Callable[[Any], TokenScores]]]:
+        """Return requests for the scores of a prompt, the first choice first, and what reads their responses.
+
+        What reads them raises TypeError, LookupError, ValueError or AttributeError where there are none.
+        """
+        return ()
 
     async def prompt_scores(self, session: Session, ids: Ids) -> TokenScores:
         """Return the log-probabilities of a prompt's tokens but the first.
 
         Raises:
-            EngineError: It fails.
-            UnsupportedError: It returns none.
+            EngineError: it fails.
+            UnsupportedError: it returns none.
         """
-        async with self._slot(session, ids) as slot:
-            send = partial(self.identity.complete, path=self.protocol.path, slot=slot)
-
-            async def all_tokens(prompt: Ids) -> Candidates:
-                size = self._endpoint.vocabulary_size
-                return (await self._endpoint.candidates(self.protocol, prompt.tolist(), size, slot)).candidates
-
+        reason = ""
+        for body, parse in self.score_requests(ids.tolist()):
             try:
-                return await score_prompt(self.protocol, ids, send, all_tokens)
-            except UnsupportedError as error:
-                raise UnsupportedError(f"{self._endpoint.client.base_url}: {error.message}", error.hint) from error
+                return parse(await self.complete(body))
+            except RequestRefusedError as error:
+                reason = error.message
+            except (TypeError, LookupError, ValueError, AttributeError) as error:
+                reason = f"its response has none ({error})"
+        raise UnsupportedError(
+            f"{self.client.base_url}: the server returns no log-probabilities of a prompt's tokens: {reason}",
+            "servers that do: vLLM's, SGLang's and llama.cpp's; or use --engine hf (engine='hf')",
+        )
 
-    async def generate(self, session: Session, request: GenerateRequest, ends: Sequence[int]) -> GenerateResponse:
-        """Let it sample tokens itself.
+    async def complete(self, body: dict[str, Any], path: str | None = None, slot: int | None = None) -> Any:
+        """Send a request, and return the JSON of the response.
 
-        Args:
-            ends: ids that end a text.
+        slot: of a llama.cpp server, None to leave it to the server.
 
         Raises:
-            EngineError: it fails.
+            EngineError: there is no response, or the server fails.
+            RequestRefusedError: the server refuses the request.
         """
-        if isinstance(self.capabilities, LlamaCppCapabilities):
-            return await self._generate_on_llamacpp(self.capabilities, session, request)
-        base_url = self._endpoint.client.base_url
-        if self.sessions is not None:
-            parameters = self.capabilities.parameters(request, ends)
-            banned = self.capabilities.banned(request)
-            return parse_generated(await self.sessions.generate(session, request.ids, parameters, banned), base_url)
-        body = self.capabilities.body(request, ends)
-        return parse_generation(await self.identity.complete(body), base_url)
+        slot_option = {} if slot is None else {"id_slot": slot}
+        body = {**body, "model": self.info.name, **slot_option}
+        status, value = await self.client.request("POST", path or self.path, body)
+        if status == 200:
+            return value
+        of_request = 400 <= status < 500 and status not in _NOT_OF_THE_REQUEST
+        refusal = f"{self.client.base_url} refuses ({status}): {_error_message(value)}"
+        raise RequestRefusedError(refusal) if of_request else EngineError(refusal)
 
-    def release(self, session: Session) -> None:
-        """Note that a sequence goes on elsewhere, or begins anew."""
-        if self.sessions is not None:
-            self.sessions.release(session)
+    async def top_tokens(
+        self, ids: list[int], count: int, slot: int | None = None, among: Ids | None = None, *, normalized: bool = False
+    ) -> TopTokens:
+        """Ask for at least the `count` most likely tokens after `ids`.
 
-    def close(self) -> None:
-        """Close the connections of sequences."""
-        if self.sessions is not None:
-            self.sessions.close()
+        Args:
+            slot: as for `complete`.
+            among: the ids that count, None for all; where it `takes_ids`.
+            normalized: whether probabilities in the whole vocabulary are needed.
 
-    async def _generate_on_llamacpp(
-        self, capabilities: LlamaCppCapabilities, session: Session, request: GenerateRequest
-    ) -> GenerateResponse:
-        async def complete(body: dict[str, Any]) -> Any:
-            async with self._slot(session, request.ids) as slot:
-                return await self.identity.complete(body, COMPLETION_PATH, slot)
+        Raises:
+            EngineError: there is no response, or it has no probabilities.
+        """
+        bodies = self.request_bodies(ids, count, among)
+        for body in bodies[-1:] if normalized else bodies:
+            value = await self.complete(body, slot=slot)
+            with reading(self.client.base_url, value):
+                candidates = self.parse(value)
+            if candidates is not None:
+                return TopTokens(self.without_padding(candidates), cached_tokens(value), len(candidates.ids))
+        raise EngineError(f"{self.client.base_url} returns no probabilities of {self.info.name}")
 
-        async def top_tokens(ids: Ids, count: int) -> Candidates:
-            return (await self.candidates(session, ids, count)).candidates
+    async def candidates(self, session: Session, ids: Ids, count: int, among: Ids | None = None) -> TopTokens:
+        """Ask for at least the `count` most likely tokens after a sequence's `ids`; see `top_tokens`."""
+        normalized = isinstance(session, TopKOnlySession) and session.normalized
+        async with self.slot(session, ids) as slot:
+            return await self.top_tokens(ids.tolist(), count, slot, among, normalized=normalized)
 
-        return await capabilities.generate(request, complete, top_tokens)
+    def without_padding(self, candidates: Candidates) -> Candidates:
+        """Return candidates without the padding rows behind the last token."""
+        is_token = candidates.ids < len(self.tokenizer.tokens)
+        return Candidates(candidates.ids[is_token], candidates.logprobs[is_token])
 
     @asynccontextmanager
-    async def _slot(self, session: Session, ids: Ids) -> AsyncIterator[int | None]:
+    async def slot(self, session: Session, ids: Ids) -> AsyncIterator[int | None]:
         """Hold a slot of a llama.cpp server for a sequence while it runs `ids`; None where the server has none.
 
         So the sequence finds its KV cache again. Left to itself, the server would put sequences with a common beginning
@@ -209,99 +219,138 @@ class ModelServer:
             finally:
                 self._slots.release(slot[0])
 
+    def release(self, session: Session) -> None:
+        """Note that a sequence goes on elsewhere, or begins anew."""
+        if self.sessions is not None:
+            self.sessions.release(session)
 
-def _slots_of(info: ModelInfo, protocol: ServerProtocol) -> int | None:
-    """Return how many slots of llama.cpp are for sequences: the last of several is for checks of the model."""
-    total = info.total_slots
-    return max(total - 1, 1) if total and isinstance(protocol, LlamaCppProtocol) else None
+    def close(self) -> None:
+        """Close the connections of sequences."""
+        if self.sessions is not None:
+            self.sessions.close()
 
+    async def take_fingerprint(self) -> None:
+        """Note which model the server has now, for `check`. Raises EngineError."""
+        self._connections_checked = self.client.connections_made
+        self._fingerprint = await self._read_fingerprint()
 
-async def _compare_tokenizers(endpoint: Endpoint, tokenizer: TokenizerProbe) -> None:
-    client = endpoint.client
-    vllm_body = {"model": endpoint.model, "prompt": PROBE_TEXT, "add_special_tokens": False}
-    for body in (vllm_body, {"content": PROBE_TEXT}):
-        response = await client.request("POST", "/tokenize", body)
-        ids = response.value.get("tokens") if response.status == 200 and isinstance(response.value, dict) else None
-        if isinstance(ids, list) and ids:
-            if ids != tokenizer.ids:
-                raise TokenizerError(
-                    f"the tokenizer in {tokenizer.folder} and the server {client.base_url} read a text differently",
-                    "give the folder of the model that the server has",
-                )
+    async def check(self) -> None:
+        """Check the model if a connection was made since the last check: another server may have accepted it.
+
+        A text is never continued by another model under the same name. Many connections are made at once when sequences
+        start together: a check that starts from now on counts for all that wait for one by then.
+
+        Raises:
+            EngineError: the server has another model, or does not answer.
+        """
+        connections = self.client.connections_made
+        if connections <= self._connections_checked:
             return
+        async with self._check:
+            if connections <= self._connections_checked:
+                return
+            made_before = self.client.connections_made
+            if not await self.is_unchanged():
+                base_url = self.client.base_url
+                raise EngineError(f"the server {base_url} has another model now, under the name {self.info.name}")
+            self._connections_checked = made_before
 
-
-async def _takes_ids(
-    endpoint: Endpoint, protocol: ServerProtocol, tokenizer: TokenizerProbe, usual: Candidates
-) -> bool:
-    """Whether a server returns the most likely of given ids: tried with two that are hardly the most likely ones.
-
-    usual: the most likely tokens after the probe's text. Their differences have to be those among the given ids.
-    """
-    order = usual.ids[np.argsort(-usual.logprobs)]
-    among = np.unique([*order[1:3].tolist(), *order[-1:].tolist(), tokenizer.letter_token])
-    try:
-        response = await endpoint.candidates(protocol, tokenizer.ids, len(among), None, among)
-    except EngineError:
-        return False
-    returned = dict(zip(response.candidates.ids.tolist(), response.candidates.logprobs.tolist(), strict=True))
-    expected = dict(zip(usual.ids.tolist(), usual.logprobs.tolist(), strict=True))
-    common = [token for token in among.tolist() if token in expected]
-    shifts = [returned[token] - expected[token] for token in common if token in returned]
-    return {*returned} == {*among.tolist()} and max(shifts) - min(shifts) < _SAME
-
-
-async def _probe_protocol(
-    endpoint: Endpoint, info: ModelInfo, tokenizer: TokenizerProbe, wanted: int
-) -> tuple[ServerProtocol, int, int | None]:
-    """Return the protocol that a server answers to, and the `max_logprobs` and the `limit` of `ModelServer`.
-
-    Raises UnsupportedError where it answers to none.
-    """
-    protocols: tuple[ServerProtocol, ...] = (LlamaCppProtocol(tokenizer.letter_token), OpenAIProtocol())
-    if info.is_sglang:
-        protocols = (SGLangProtocol(info.adapter),)
-    reason = ""
-    for protocol in protocols:
-        for count in dict.fromkeys((wanted, 20, 5)):
-            try:
-                response = await endpoint.candidates(protocol, tokenizer.first_ids, count)
-            except EngineError as error:
-                reason = error.message
-                continue
-            returned = len(response.candidates.ids)
-            if returned >= min(count, 5):
-                known = min(returned, count)  # vLLM may add the token that it sampled
-                limit = None if known == wanted else known
-                if protocol.may_be_limited:
-                    limit = await _find_limit(endpoint, protocol, tokenizer.first_ids, known)
-                return protocol, min(wanted, limit or wanted), limit
-            reason = f"it returns {returned} tokens where {count} are asked for"
-    raise UnsupportedError(
-        f"{endpoint.client.base_url} does not return the most likely next tokens by their ids: {reason}",
-        "servers that do: llama.cpp's, SGLang's, and vLLM's with --max-logprobs 80",
-    )
-
-
-async def _find_limit(endpoint: Endpoint, protocol: ServerProtocol, ids: list[int], lowest: int) -> int | None:
-    """Return the most tokens that a server returns, at least `lowest`; None where it returns all.
-
-    It is asked for all, and where it refuses, for ever closer numbers. A server that fails is taken at what it has
-    returned so far.
-    """
-    size = endpoint.vocabulary_size
-    endpoint = replace(endpoint, vocabulary_size=sys.maxsize)  # padding counts here
-    highest = count = size
-    while lowest < highest:
+    async def is_unchanged(self) -> bool:
+        """Whether the server has the model that it had. Raises EngineError where it does not answer."""
         try:
-            returned = len((await endpoint.candidates(protocol, ids, count)).candidates.ids)
-        except RequestRefusedError:
-            highest = count - 1
-        except EngineError:
-            return lowest
-        else:
-            if returned < count:
-                return max(returned, lowest)
-            lowest = count
-        count = min(4 * lowest, (lowest + highest + 1) // 2)
-    return None if lowest >= size else lowest
+            if not self.info.has_card(await read_model_card(self.client, self.info.name)):
+                return False
+            return self._matches(await self._read_fingerprint())
+        except (ConfigError, UnsupportedError, RequestRefusedError):  # it once answered the same request
+            return False
+
+    def has_model_of(self, other: ModelServer) -> bool:
+        """Whether another server had the same model when both were probed."""
+        return self._matches(other._fingerprint)
+
+    def _matches(self, fingerprint: dict[int, float]) -> bool:
+        ids = {*fingerprint, *self._fingerprint}
+        return 0.5 * sum(abs(fingerprint.get(i, 0) - self._fingerprint.get(i, 0)) for i in ids) < _SAME_MODEL
+
+    async def _read_fingerprint(self) -> dict[int, float]:
+        """Return the probabilities of the most likely tokens after a fixed prompt, by id."""
+        slot = self.info.total_slots - 1 if self.info.total_slots else None
+        candidates = (await self.top_tokens(self.tokenizer.ids, _FINGERPRINT_TOKENS, slot)).candidates
+        order = np.argsort(-candidates.logprobs)[:_FINGERPRINT_TOKENS]
+        probabilities = softmax(candidates.logprobs[order]).tolist()
+        return dict(zip(candidates.ids[order].tolist(), probabilities, strict=True))
+
+
+def _error_message(value: Any) -> str:
+    error = value.get("error", value) if isinstance(value, dict) else value
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:200]
+
+
+async def probe_sampling(
+    sample: Callable[[int, Ids], Awaitable[list[int]]], top_two: Callable[[], Awaitable[list[float]]]
+) -> str:
+    """Return what a server lacks to sample itself, "" for nothing.
+
+    It has to sample equal tokens with equal seeds, to report the probabilities that it samples with, and not to sample
+    ids that are banned.
+
+    Args:
+        sample: returns a few tokens sampled with a seed, without the banned ids, int64.
+        top_two: returns the sum of the probabilities of the two tokens that top-k leaves, at each position.
+    """
+    none = np.zeros(0, dtype=np.int64)
+    try:
+        texts = [await sample(seed, none) for seed in (1, 1, 2, 3)]
+        if texts[0] != texts[1] or all(text == texts[0] for text in texts):
+            return "equal seeds must sample equal tokens there, and other seeds other tokens"
+        if any(abs(total - 1) > 0.01 for total in await top_two()):
+            return (
+                "it returns other log-probabilities than it samples with; vLLM needs --logprobs-mode processed_logprobs"
+            )
+        likely = np.unique([text[0] for text in texts])
+        if any([(await sample(seed, likely))[0] in likely for seed in (1, 2, 3)]):
+            return "it cannot be kept from sampling some tokens"
+    except EngineError as error:
+        return f"it does not take what is needed, or returns no token ids ({error.message})"
+    return ""
+
+
+@contextmanager
+def reading(server: str, response: Any) -> Iterator[None]:
+    """Raise EngineError for a response that is of another form than it is read in."""
+    try:
+        yield
+    except (TypeError, LookupError, ValueError, AttributeError) as error:
+        raise EngineError(f"{server} sends a malformed response: {str(response)[:200]}") from error
+
+
+def cached_tokens(response: Any) -> int | None:
+    """Return how many tokens of the prompt were in the server's prefix cache; None where it does not report it."""
+    for section, name in (("timings", "cache_n"), ("usage", "prompt_tokens_details"), ("meta_info", "cached_tokens")):
+        value = (response.get(section) or {}).get(name)
+        if isinstance(value, dict):
+            value = value.get("cached_tokens")
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def generated_tokens(ids: Sequence[int], logprobs: Iterable[float], cached: int | None) -> GenerateResponse:
+    """Return the tokens that a server generated. Raises ValueError where they are none, or not all have a number."""
+    generated = GenerateResponse(list(ids), [float(logprob) for logprob in logprobs], cached)
+    if not generated.ids or not all(map(math.isfinite, generated.logprobs)):
+        raise ValueError("there is a token without a number, or there is none")
+    return generated
+
+
+def token_scores(logprobs: list[float], is_top: list[bool]) -> TokenScores:
+    """Return the scores of a prompt's tokens. Raises ValueError for what are no log-probabilities."""
+    values = np.array(logprobs, dtype=np.float64)
+    if np.isnan(values).any() or (values > 1e-3).any():
+        raise ValueError("they are no log-probabilities")
+    return TokenScores(np.minimum(values, 0.0), np.array(is_top, dtype=np.bool_))
+
+
+def log_probability(reported: float) -> float:
+    """Return a log-probability. That of a probability that is 0 in float32 comes as the lowest number that there is."""
+    return reported if reported > -1e38 else -math.inf

@@ -14,14 +14,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from mixlm.engines.base import common_prefix
-from mixlm.engines.remote.http_client import ApiKey, ClientLimits
-from mixlm.engines.remote.protocols import generated_tokens, listed_candidates, reading
-from mixlm.engines.requests import GenerateResponse
+from mixlm.engines.remote.http_client import ClientLimits
+from mixlm.engines.vllm.sampling_params import SESSION_PATH
 from mixlm.errors import EngineError, RequestRefusedError
-from mixlm.types import Candidates, Ids
+from mixlm.types import Ids
 from mixlm.units.base import TokenBuffer
-
-SESSION_PATH = "/v1/mixlm/session"
 
 
 class SessionConnection:
@@ -41,12 +38,12 @@ class SessionConnection:
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def open(cls, base_url: str, key: ApiKey, limits: ClientLimits) -> SessionConnection:
+    async def open(cls, base_url: str, key: str | None, limits: ClientLimits) -> SessionConnection:
         """Connect. Raises EngineError when the server has no such route, or does not answer."""
         from websockets.asyncio.client import connect
         from websockets.exceptions import WebSocketException
 
-        headers = {"Authorization": f"Bearer {key.value}"} if key.value else {}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             socket = await connect(
                 base_url.replace("http", "ws", 1) + SESSION_PATH,
@@ -109,7 +106,9 @@ class SessionPool:
         check: raises EngineError where the server has another model than it had.
     """
 
-    def __init__(self, base_url: str, key: ApiKey, limits: ClientLimits, check: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, base_url: str, key: str | None, limits: ClientLimits, check: Callable[[], Awaitable[None]]
+    ) -> None:
         self._base_url = base_url
         self._key = key
         self._limits = limits
@@ -159,18 +158,3 @@ class SessionPool:
 
     async def _connect(self) -> SessionConnection:
         return await SessionConnection.open(self._base_url, self._key, self._limits)
-
-
-def parse_generated(response: dict[str, Any], base_url: str) -> GenerateResponse:
-    """Read the tokens that were generated. Raises EngineError for what is no such response."""
-    with reading(base_url, response):
-        ids = [int(token) for token in response["ids"]]
-        logprobs = (top[str(token)] for token, top in zip(ids, response["logprobs"], strict=True))
-        return generated_tokens(ids, logprobs, response.get("cached"))
-
-
-def parse_top_tokens(response: dict[str, Any], base_url: str) -> Candidates:
-    """Read the most likely tokens at the only position. Raises EngineError for what is no such response."""
-    with reading(base_url, response):
-        [top] = response["logprobs"]
-        return listed_candidates((int(token), logprob) for token, logprob in top.items())

@@ -15,6 +15,7 @@ import numpy as np
 from mixlm.engines.requests import GenerateRequest
 from mixlm.types import PLAIN_SAMPLING, Ids, Sampling
 
+SESSION_PATH = "/v1/mixlm/session"  # of `session_plugin`
 BANNED_ARGUMENT = "mixlm_banned"  # the name in requests of the ids that may not be sampled
 # vLLM raises temperatures below the first, and refuses those above the second.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 2.0

@@ -24,8 +24,7 @@ from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient, StreamingInput
 from vllm.sampling_params import RequestOutputKind
 
-from mixlm.engines.remote.session_client import SESSION_PATH
-from mixlm.engines.vllm.sampling_params import BANNED_ARGUMENT, logprobs_parameters
+from mixlm.engines.vllm.sampling_params import BANNED_ARGUMENT, SESSION_PATH, logprobs_parameters
 
 _IDLE_SECONDS = 10.0  # after which a session that is not continued frees its memory
 _PARAMETERS = {*logprobs_parameters(1), "stop_token_ids", "logit_bias"}

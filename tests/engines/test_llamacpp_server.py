@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from mixlm.binding import MemberSpec
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.remote.engine import RemoteEngine
-from mixlm.engines.remote.llamacpp_capabilities import LlamaCppCapabilities, find_missing
+from mixlm.engines.remote.llamacpp_server import LlamaCppServer
+from mixlm.engines.remote.model_info import ModelInfo
+from mixlm.engines.remote.server import TokenizerProbe, TopTokens
 from mixlm.engines.requests import GenerateRequest
 from mixlm.ensemble import Ensemble
 from mixlm.errors import EngineError
@@ -147,13 +150,22 @@ def test_what_it_cannot_sample_is_requested_token_by_token(engine):
     assert not engine.samples_itself(Sampling(top_k=20, presence_penalty=0.5), few)
 
 
+def server_with(complete: Any, candidates: Any = None) -> LlamaCppServer:
+    """A server that responds with these functions."""
+    client: Any = SimpleNamespace(base_url="http://x")
+    probe = TokenizerProbe(PROMPT.tolist(), [65], BYTES, frozenset(), "")
+    server: Any = LlamaCppServer(client, ModelInfo({"id": "x"}, {}), probe)
+    server.complete, server.candidates = complete, candidates
+    return server
+
+
 class FakeLlamaCpp:
     """llama.cpp's responses, and what is wrong with them."""
 
     def __init__(self, wrong: str) -> None:
         self.wrong = wrong
 
-    async def __call__(self, body: dict[str, Any]) -> Any:
+    async def __call__(self, body: dict[str, Any], path: str) -> Any:
         if self.wrong == "raises":
             raise EngineError("refuses (404)")
         if self.wrong == "refuses":
@@ -172,45 +184,43 @@ class FakeLlamaCpp:
     ("wrong", "message"),
     [
         ("", ""),
-        ("raises", r"does not take what is needed (refuses (404))"),
+        ("raises", "does not take what is needed, or returns no token ids (refuses (404))"),
         ("refuses", "returns no token ids"),
         ("tokens", "returns no token ids"),
-        ("seeds", "seeds make no difference"),
-        ("probabilities", "other probabilities than it samples with"),
+        ("seeds", "other seeds other tokens"),
+        ("probabilities", "other log-probabilities than it samples with"),
         ("bans", "cannot be kept from sampling"),
     ],
 )
 def test_what_a_server_lacks_is_named(wrong, message):
-    missing = asyncio.run(find_missing(FakeLlamaCpp(wrong), PROMPT))
+    server = server_with(FakeLlamaCpp(wrong))
+    server.missing = missing = asyncio.run(server.find_missing())
     assert (message in missing) if message else missing == ""
-    assert LlamaCppCapabilities(missing, [], frozenset()).summary == (f"no: {missing}" if message else "yes")
+    assert server.samples == (f"no: {missing}" if message else "yes")
 
 
 def test_probabilities_that_are_not_certain_are_requested_again():
     prompts: list[list[int]] = []
 
-    async def complete(body: dict[str, Any]) -> Any:
+    async def complete(*_: Any) -> Any:
         entries = [{"id": token, "prob": 0.9, "top_probs": []} for token in (65, 66)]
         return {"tokens": [65, 67, 66], "completion_probabilities": entries}
 
-    async def top_tokens(ids: np.ndarray, count: int) -> Candidates:
+    async def candidates(session: Any, ids: np.ndarray, count: int) -> TopTokens:
         prompts.append(ids.tolist())
-        return Candidates(np.array([65, 66, 67]), np.log([0.2, 0.3, 0.5]))
+        return TopTokens(Candidates(np.array([65, 66, 67]), np.log([0.2, 0.3, 0.5])), None)
 
     request = GenerateRequest(0, PROMPT, 3, Sampling(top_k=5, temperature=1.0), NONE, 1)
-    response = asyncio.run(LlamaCppCapabilities("", BYTES, frozenset()).generate(request, complete, top_tokens))
+    response = asyncio.run(server_with(complete, candidates).generate(None, request, ()))
     assert prompts == [[*PROMPT], [*PROMPT, 65], [*PROMPT, 65, 67]]
     assert (response.ids, response.logprobs) == ([65, 67, 66], pytest.approx(np.log([0.2, 0.5, 0.3])))
 
 
 @pytest.mark.parametrize("response", [{}, None, {"tokens": []}, {"tokens": ["x"]}, {"tokens": [9999]}, {"tokens": 3}])
 def test_a_malformed_response_is_an_error(response):
-    async def complete(body: dict[str, Any]) -> Any:
+    async def complete(*_: Any) -> Any:
         return response
-
-    async def top_tokens(ids: np.ndarray, count: int) -> Candidates:
-        raise AssertionError
 
     request = GenerateRequest(0, PROMPT, 2, Sampling(top_k=5), NONE, 1)
     with pytest.raises(EngineError, match=r"llama\.cpp sends a malformed response"):
-        asyncio.run(LlamaCppCapabilities("", BYTES, frozenset()).generate(request, complete, top_tokens))
+        asyncio.run(server_with(complete).generate(None, request, ()))

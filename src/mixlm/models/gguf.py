@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixlm.models.cache import GGUF_FILE, INFO_FILE, ModelMetadata, cache_root, file_name, find, model_folder, read_info
-from mixlm.models.convert import CONVERTED_DTYPES, check_gguf, checksum, ensure_tokenizer, model_info
-from mixlm.models.gguf_tokenizer import write_tokenizer
-from mixlm.models.header import read_header, read_metadata
+from mixlm.models.convert import CONVERTED_DTYPES, add_tokenizer, check_gguf, checksum, ensure_tokenizer
+from mixlm.models.header import read_header
 from mixlm.models.install import build_folder
 from mixlm.terminal import ProgressDisplay
 
@@ -56,7 +55,7 @@ def tokenizer_folder(model: GgufModel) -> Path:
         return ensure_tokenizer(model.folder, model.path)
     path, display = model.path, ProgressDisplay()
     check_gguf(path)
-    header = read_header(path)
+    read_header(path)
     sha256 = checksum(path, display)
     name = f"{file_name(path)}-{sha256[:12]}"
     converted = [model_folder(f"{name}-{dtype}") for dtype in CONVERTED_DTYPES]
@@ -67,8 +66,7 @@ def tokenizer_folder(model: GgufModel) -> Path:
 
     def build(target: Path) -> ModelMetadata:
         with display.stage(f"{path.name}: reading the tokenizer, once"):
-            write_tokenizer(read_metadata(path), target, path.name)
-        return model_info(header, source=str(path), sha256=sha256, dtype="none")
+            return add_tokenizer(path, target, source=str(path), sha256=sha256, dtype="none")
 
     build_folder(folder, build, display)
     return folder

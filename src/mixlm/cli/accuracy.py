@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 import numpy as np
 
-from mixlm.cli.options import Shared, check_counts, flag
+from mixlm.cli.options import Shared, option_flag
 from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
@@ -23,75 +22,48 @@ if TYPE_CHECKING:
     from mixlm.fitting.study import FitStudy
     from mixlm.routing import Router
 
-# An option of the panel Accuracy.
-accuracy_flag = functools.partial(flag, panel="Accuracy")
+
+def load_task(
+    shared: Shared, task: str, limit: int | None, seeds: int | None, data: Path | None, out: Path | None
+) -> AccuracySetup:
+    """Return the task of --accuracy with its questions. Raises ConfigError, UsageError before any model is loaded."""
+    from mixlm.evaluation.accuracy import AccuracySetup
+    from mixlm.evaluation.catalog import load_tasks
+
+    loaded = load_tasks([task], data=data)
+    if len(loaded) != 1:
+        raise ConfigError(f"{task} is {len(loaded)} tasks: {', '.join(list(loaded)[:5])}", "name one of them")
+    [(name, questions)] = loaded.items()
+    options: dict[str, Any] = {**shared.options()}
+    seed = options.pop("seed", 0)
+    setup = AccuracySetup(
+        name,
+        questions,
+        out or Path("fit-results") / quote(name, safe=""),
+        limit,
+        range(seed, seed + (seeds or 1)),
+        shared.method or "mixture",
+        cast("Options", options),
+    )
+    unused = [*(option for option in options if option != "system"), *([] if seeds is None else ["seeds"])]
+    if setup.scores_given_texts and unused:
+        named = ", ".join(map(option_flag, unused))
+        raise UsageError(f"{name} scores given texts and does not use {named}", "omit it")
+    return setup
 
 
-@dataclass(frozen=True)
-class AccuracyOptions:
-    """The values of the options of the panel Accuracy."""
+def measure(
+    setup: AccuracySetup, ensemble: Ensemble, fit: FitStudy, engines: int, *, step: float | None, holdout: float
+) -> AccuracyReport:
+    """Measure the members, weights and routers of a study, and the points of a grid if a step is given."""
+    from mixlm.evaluation.accuracy import measure_accuracy
 
-    task: str | None
-    limit: int | None
-    seeds: int | None
-    data: Path | None
-    out: Path | None
-
-    def check(self) -> None:
-        """Raise UsageError for options without a task, ConfigError for numbers out of range."""
-        for name in ("limit", "seeds", "data", "out"):
-            if self.task is None and getattr(self, name) is not None:
-                raise UsageError(f"--{name} is given without --accuracy", "name a task: --accuracy TASK")
-        check_counts(limit=self.limit, seeds=self.seeds)
-
-    def load(self, shared: Shared) -> AccuracySetup | None:
-        """Return the task with its questions, or None. Raises before any model is loaded."""
-        if self.task is None:
-            return None
-        from mixlm.evaluation.accuracy import AccuracySetup
-        from mixlm.evaluation.catalog import load_tasks
-
-        loaded = load_tasks([self.task], data=self.data)
-        if len(loaded) != 1:
-            raise ConfigError(f"{self.task} is {len(loaded)} tasks: {', '.join(list(loaded)[:5])}", "name one of them")
-        (name, task) = next(iter(loaded.items()))
-        options: dict[str, Any] = {**shared.options()}
-        seed = options.pop("seed", 0)
-        out = self.out or Path("fit-results") / quote(name, safe="")
-        seeds = range(seed, seed + (self.seeds or 1))
-        method = shared.method or "mixture"
-        setup = AccuracySetup(name, task, out, self.limit, seeds, method, cast("Options", options))
-        if setup.scores_given_texts:
-            unused = [option for option in options if option != "system"] + (
-                ["seeds"] if self.seeds is not None else []
-            )
-            if unused:
-                named = ", ".join(f"--{option.replace('_', '-')}" for option in unused)
-                raise UsageError(f"{name} scores given texts and does not use {named}", "omit it")
-        return setup
-
-    def measure(
-        self,
-        setup: AccuracySetup,
-        ensemble: Ensemble,
-        fit: FitStudy,
-        shared: Shared,
-        *,
-        step: float | None,
-        holdout: float,
-    ) -> AccuracyReport:
-        """Measure the members, weights and routers of a study, and the points of a grid if a step is given."""
-        from dataclasses import replace
-
-        from mixlm.evaluation.accuracy import measure_accuracy
-
-        with progress_bars(single=True) as progress:
-            measured = measure_accuracy(ensemble, _weightings(fit), replace(setup, progress=progress), step=step)
-        engines = len({id(member.engine) for member in ensemble.members})
-        report = AccuracyReport(setup.name, measured, fit, engines, holdout if step is not None else 0.0)
-        path = setup.out / "accuracy.json"
-        path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-        return report
+    with progress_bars(single=True) as progress:
+        measured = measure_accuracy(ensemble, _weightings(fit), replace(setup, progress=progress), step=step)
+    report = AccuracyReport(setup.name, measured, fit, engines, holdout if step is not None else 0.0)
+    path = setup.out / "accuracy.json"
+    path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    return report
 
 
 def _weightings(fit: FitStudy) -> dict[str, Router]:
@@ -124,11 +96,9 @@ class AccuracyReport:
         self.readings = fit.passes(engines)[0]
         self.others = held_out_questions(measured.questions, holdout)
         self.chosen = ~self.others
-        self.weightings: list[tuple[str, WeightingAccuracy]] = [
-            (weighting.name, weighting) for weighting in measured.ways
-        ]
+        self.weightings = list(measured.ways)
         if measured.grid:
-            self.weightings.append(("grid over accuracy", best_weights(measured.grid, self.chosen)))
+            self.weightings.append(replace(best_weights(measured.grid, self.chosen), name="grid over accuracy"))
         self.em = next(weighting for weighting in measured.ways if weighting.name == "EM")
 
     @property
@@ -149,8 +119,8 @@ class AccuracyReport:
             "metric": self.em.metric,
             "questions": self.measured.questions,
             "questions_that_chose": int(self.chosen.sum()),
-            "rows": [self._plain(name, weighting) for name, weighting in self.weightings],
-            "grid": [self._plain(point.name, point) for point in grid],
+            "rows": [self._plain(weighting) for weighting in self.weightings],
+            "grid": [self._plain(point) for point in grid],
             "cost": {
                 "em_seconds": self.em_seconds,
                 "em_readings": self.readings,
@@ -162,10 +132,10 @@ class AccuracyReport:
             },
         }
 
-    def _plain(self, name: str, weighting: WeightingAccuracy) -> dict[str, Any]:
+    def _plain(self, weighting: WeightingAccuracy) -> dict[str, Any]:
         difference, _, p_value = self._against_em(weighting)
         return {
-            "name": name,
+            "name": weighting.name,
             "weights": None if weighting.weights is None else [round(float(weight), 6) for weight in weighting.weights],
             "right": weighting.correct(self.chosen | self.others),
             "right_that_chose": weighting.correct(self.chosen),
@@ -191,12 +161,10 @@ class AccuracyReport:
             parts = [("correct (selection)", self.chosen), ("correct (others)", self.others)]
         heads = [self.task, "weights", *(name for name, _ in parts), "minus EM", "95 % interval", "p-value"]
         rows = []
-        for name, weighting in self.weightings:
-            weights = (
-                "by the text"
-                if weighting.weights is None
-                else ", ".join(f"{weight:.3g}" for weight in weighting.weights)
-            )
+        for weighting in self.weightings:
+            weights = "by the text"
+            if weighting.weights is not None:
+                weights = ", ".join(f"{weight:.3g}" for weight in weighting.weights)
             counts = []
             for _, mask in parts:
                 correct = weighting.correct(mask)
@@ -204,7 +172,7 @@ class AccuracyReport:
             difference, interval, p_value = self._against_em(weighting)
             bounds = "" if interval is None else "{:+.1%} to {:+.1%}".format(*interval)
             versus = ["", "", ""] if weighting is self.em else [f"{difference:+.1%}", bounds, f"{p_value:.3g}"]
-            rows.append((name, weights, *counts, *versus))
+            rows.append((weighting.name, weights, *counts, *versus))
         print_table(heads, rows, right=frozenset(heads[2:]))
         if self.others.any():
             print_lines(
@@ -216,7 +184,11 @@ class AccuracyReport:
         grid, read = self.measured.grid, self.measured.read
         em = f"EM took {self.fit.seconds:.1f} s of scoring and {self.fit.em.seconds:.3f} s of iterations"
         if not grid:
-            return f"{em}; these questions took {self._spent()}."
+            spent = f"{self.measured.read_seconds:.1f} s for scoring {read} texts"
+            if not read:
+                seconds = sum(weighting.seconds for weighting in self.measured.ways)
+                spent = f"{seconds:.0f} s for {sum(weighting.tokens for weighting in self.measured.ways)} tokens"
+            return f"{em}; these questions took {spent}."
         ratio = self.grid_seconds / self.em_seconds if self.em_seconds else np.inf
         if read:
             evaluation = sum(point.seconds for point in grid)
@@ -231,11 +203,3 @@ class AccuracyReport:
             f"{em}. The grid's {len(grid)} points generated {tokens} tokens in {self.grid_seconds:.0f} s, {ratio:.0f} "
             "times as long."
         )
-
-    def _spent(self) -> str:
-        if self.measured.read:
-            return f"{self.measured.read_seconds:.1f} s for scoring {self.measured.read} texts"
-        seconds, tokens = (
-            sum(getattr(weighting, name) for weighting in self.measured.ways) for name in ("seconds", "tokens")
-        )
-        return f"{seconds:.0f} s for {tokens} tokens"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument
 
-from mixlm.cli.accuracy import AccuracyOptions, accuracy_flag
+from mixlm.cli.accuracy import load_task, measure
 from mixlm.cli.display import dim, engines_by_member, print_json
-from mixlm.cli.fit_rule import GateToTrain, defers, fit_rule, fits_rule, relative_path, write_ensemble
+from mixlm.cli.fit_rule import defers, fit_gate, fit_strength, fits_rule, relative_path, split_text, write_ensemble
 from mixlm.cli.inputs import (
     EndsOption,
     check_writable,
@@ -21,7 +23,7 @@ from mixlm.cli.inputs import (
     score_texts,
 )
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, flag, with_shared
+from mixlm.cli.options import Shared, check_counts, flag, with_shared
 from mixlm.cli.segments import about_unit
 from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
@@ -30,10 +32,10 @@ from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
-    from mixlm.ensemble import Ensemble
     from mixlm.fitting.gate_trainer import GateKind
     from mixlm.fitting.study import FitStudy
-    from mixlm.routing.gate_router import GateInputs
+
+accuracy_flag = functools.partial(flag, panel="Accuracy")
 
 
 @with_shared()
@@ -120,42 +122,42 @@ def fit(
     first member are kept. With --accuracy, the weights are also evaluated on a task,
     and the generation options apply to it.
     """
-    chosen = _RouterOptions(features, gate, observe, price)
-    chosen.check(router)
-    accuracy_options = AccuracyOptions(accuracy, limit, seeds, data, out)
-    accuracy_options.check()
+    groups, kind = _checked_features(router, features, gate, observe, price), cast("GateKind", gate or "linear")
+    is_plain = groups == ("text",) and kind == "linear"  # the gate whose file holds its numbers
+    of_task = {"--limit": limit, "--seeds": seeds, "--data": data, "--out": out}
+    if accuracy is None and (given := _first_given(of_task)):
+        raise UsageError(f"{given} is given without --accuracy", "name a task: --accuracy TASK")
+    check_counts(limit=limit, seeds=seeds)
     written = ("method",) if output is not None or accuracy is not None else ()
     refuse_generation_options(shared, "fit", allowed=(*written, "system", *(shared.options() if accuracy else ())))
     config = shared.config()
     if grid and step is None:
         step = 0.1
     _check(config, holdout, bootstrap, step, prompt_bytes)
-    _check_written(files, output, router, numbers=defers(config) or not chosen.is_plain, force=force)
+    _check_written(files, output, router, numbers=defers(config) or not is_plain, force=force)
     texts = read_texts(files)
+    models = model_identities(config, not no_cache)
     if fits_rule(config):
-        unused = {"--router": router is not None and not defers(config), "--grid": step is not None}
-        unused |= {"--features": features is not None, "--observe": observe is not None}
-        unused |= {"--accuracy": accuracy is not None, "--prompt-bytes": prompt_bytes > 0, "--ends": ends is not None}
-        rule_pairs = prompts_and_answers(texts, ends=None, system=shared.system)
-        trained = chosen.gate_to_train(router, model_identities(config, not no_cache))
-        return fit_rule(
-            shared, texts, rule_pairs, holdout=holdout, output=output, as_json=as_json, unused=unused, trained=trained
-        )
-    chosen.refuse_price()
+        unused = {"--router": None if defers(config) else router, "--grid": step, "--features": features}
+        unused |= {"--observe": observe, "--accuracy": accuracy, "--prompt-bytes": prompt_bytes or None, "--ends": ends}
+        _check_rule_fit(shared, texts, unused)
+        parts = {name: split_text(text, holdout) for name, text in texts.items()}
+        if router is not None:
+            return fit_gate(shared, config, parts, router, kind, price or 0.0, models, output=output, as_json=as_json)
+        return fit_strength(shared, config, parts, output=output, as_json=as_json)
+    if price is not None:
+        raise UsageError("--price is of a gate of rule defer", "add --rule defer and --router FILE")
     pairs = prompts_and_answers(texts, ends=ends, system=shared.system if accuracy is None else None)
-    task = accuracy_options.load(shared)
+    task = None if accuracy is None else load_task(shared, accuracy, limit, seeds, data, out)
     ensemble = open_ensemble(shared, {} if task is None else task.options or {})
+    from mixlm.fitting.gates import choose_inputs, untrained
     from mixlm.fitting.study import FitPlan, study
 
-    inputs = chosen.inputs(ensemble)
+    inputs = None if is_plain else choose_inputs(ensemble, groups, observe)
     observing = ensemble.with_weights(ensemble.weights.tolist())  # without a router, whose observations would be scored
     if inputs is not None and inputs.observed is not None:
-        from mixlm.fitting.gates import untrained
-
         observing = ensemble.with_router(untrained(ensemble.names, inputs))
-    scores = score_texts(
-        observing, texts, pairs, model_identities(config, not no_cache), ends=ends, system=shared.system
-    )
+    scores = score_texts(observing, texts, pairs, models, ends=ends, system=shared.system)
     weights = None if shared.numbers() is None and config.weights() is None else ensemble.weights
     plan = FitPlan(
         holdout,
@@ -163,7 +165,7 @@ def fit(
         step,
         router=router is not None,
         inputs=inputs,
-        gate=chosen.kind,
+        gate=kind,
         given=weights,
         prompt=prompt_bytes,
     )
@@ -172,12 +174,10 @@ def fit(
     # Weights are written before the evaluation, which may take long and can be resumed.
     notes = _write(result, config, shared, output, router)
     engines = len({id(member.engine) for member in ensemble.members})
-    report = None
-    if task is not None:
-        report = accuracy_options.measure(task, ensemble, result, shared, step=step, holdout=holdout)
+    report = None if task is None else measure(task, ensemble, result, engines, step=step, holdout=holdout)
     if as_json:
-        pays = {"pays": _pays(result), "engines": engines_by_member(ensemble)}
-        print_json({**result.as_dict(engines), **pays, **({} if report is None else {"accuracy": report.as_dict()})})
+        form = {**result.as_dict(engines), "pays": _pays(result), "engines": engines_by_member(ensemble)}
+        print_json(form if report is None else {**form, "accuracy": report.as_dict()})
     else:
         _show(result, engines)
         if report is not None:
@@ -187,73 +187,44 @@ def fit(
     return 0
 
 
-class _RouterOptions(NamedTuple):
-    """What the router looks at and how, as the user wrote it."""
+def _check_rule_fit(shared: Shared, texts: Mapping[str, str], unused: Mapping[str, object]) -> None:
+    """Raise UsageError for options, and for texts, that the fit of a rule does not use."""
+    if given := _first_given(unused):
+        raise UsageError(f"{given} is of weights and routers, and --rule fits the strength of a rule", "omit it")
+    if pairs := prompts_and_answers(texts, ends=None, system=shared.system):
+        raise UsageError(f"{next(iter(pairs))} has prompts and answers, and --rule is fitted to texts", "give a text")
 
-    features: str | None
-    gate: str | None
-    observe: str | None
-    price: float | None
 
-    @property
-    def kind(self) -> GateKind:
-        """The gate's kind."""
-        return cast("GateKind", self.gate or "linear")
+def _first_given(options: Mapping[str, object]) -> str | None:
+    return next((name for name, value in options.items() if value is not None), None)
 
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The groups of features."""
-        from mixlm.routing.gate_router import GROUPS
 
-        if self.features == "all":
-            return GROUPS
-        return tuple(part.strip() for part in (self.features or "text").split(","))
+def _checked_features(
+    router: Path | None, features: str | None, gate: str | None, observe: str | None, price: float | None
+) -> tuple[str, ...]:
+    """Return the groups of features that the router looks at.
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is the linear gate on the text, whose file holds its numbers."""
-        return self.groups == ("text",) and self.kind == "linear"
+    Raises:
+        UsageError: Options without a router to write, or without what they apply to.
+        ConfigError: A value that is none.
+    """
+    from mixlm.routing.gate_router import GROUPS
 
-    def check(self, router: Path | None) -> None:
-        """Raise UsageError without a router to write, ConfigError for a value that is none."""
-        options = (
-            ("--features", self.features),
-            ("--gate", self.gate),
-            ("--observe", self.observe),
-            ("--price", self.price),
-        )
-        given = [name for name, value in options if value is not None]
-        if given and router is None:
-            raise UsageError(f"{given[0]} is of a router, and none is trained", "add --router FILE")
-        if router is not None and router.suffix == ".safetensors":
-            raise ConfigError("--router is a .safetensors file, and is described in JSON", "such as --router gate.json")
-        if self.price is not None and not 0 <= self.price < math.inf:
-            raise ConfigError(f"--price is {self.price:g}; it must be a number, 0 or more")
-        if self.gate is not None:
-            OptionSpec(choices=("linear", "mlp")).check("--gate", self.gate)
-        from mixlm.routing.gate_router import GROUPS
-
-        for group in self.groups:
-            OptionSpec(choices=(*GROUPS, "all")).check("--features", group)
-        if self.groups == ("text",) and self.observe is not None:
-            raise UsageError("--observe names a member, and the features are of the text", "add --features top_k")
-
-    def gate_to_train(self, router: Path | None, models: list[str | None] | None) -> GateToTrain | None:
-        """Return the gate of rule defer; None where no file is named."""
-        return None if router is None else GateToTrain(router, self.kind, self.price or 0.0, models)
-
-    def refuse_price(self) -> None:
-        """Raise UsageError for a price without rule defer."""
-        if self.price is not None:
-            raise UsageError("--price is of a gate of rule defer", "add --rule defer and --router FILE")
-
-    def inputs(self, ensemble: Ensemble) -> GateInputs | None:
-        """Return what the gate looks at; None for the linear gate on the text."""
-        if self.is_plain:
-            return None
-        from mixlm.fitting.gates import choose_inputs
-
-        return choose_inputs(ensemble, self.groups, self.observe)
+    options = {"--features": features, "--gate": gate, "--observe": observe, "--price": price}
+    if router is None and (given := _first_given(options)):
+        raise UsageError(f"{given} is of a router, and none is trained", "add --router FILE")
+    if router is not None and router.suffix == ".safetensors":
+        raise ConfigError("--router is a .safetensors file, and is described in JSON", "such as --router gate.json")
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError(f"--price is {price:g}; it must be a number, 0 or more")
+    if gate is not None:
+        OptionSpec(choices=("linear", "mlp")).check("--gate", gate)
+    groups = tuple(part.strip() for part in (features or "text").split(","))
+    for group in groups:
+        OptionSpec(choices=(*GROUPS, "all")).check("--features", group)
+    if groups == ("text",) and observe is not None:
+        raise UsageError("--observe names a member, and the features are of the text", "add --features top_k")
+    return GROUPS if groups == ("all",) else groups
 
 
 def _check_written(files: list[Path], output: Path | None, router: Path | None, *, numbers: bool, force: bool) -> None:
@@ -303,11 +274,14 @@ def _write(
     result: FitStudy, config: EnsembleConfig, shared: Shared, output: Path | None, router: Path | None
 ) -> list[str]:
     """Write the fitted weights and router. Returns a line about each file."""
+    from mixlm.routing import LearnedRouter
+
     lines = []
     if router is not None and result.router is not None:
         result.router.save(router)
         lines.append(f"router written to {router}")
-        if (inputs := getattr(result.router, "inputs", None)) is not None:
+        if not isinstance(result.router, LearnedRouter):
+            inputs = result.router.inputs
             lines[-1] += f", its numbers to {router.with_suffix('.safetensors').name}; it needs {inputs.needs}"
     if output is not None:
         from mixlm.config import RouterConfig

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mixlm.cli.display import dim, print_json
 from mixlm.cli.inputs import score_texts
@@ -32,67 +32,36 @@ def defers(config: EnsembleConfig) -> bool:
     return config.combination is not None and config.combination.rule == "defer"
 
 
-class GateToTrain(NamedTuple):
-    """A gate of rule defer: its file, its kind, the price of the second member's forwards; models' identities."""
-
-    path: Path
-    kind: GateKind
-    price: float
-    models: list[str | None] | None
-
-
-def fit_rule(
-    shared: Shared,
-    texts: Mapping[str, str],
-    pairs: Collection[str],
-    *,
-    holdout: float,
-    output: Path | None,
-    as_json: bool,
-    unused: Mapping[str, bool],
-    trained: GateToTrain | None = None,
+def fit_strength(
+    shared: Shared, config: EnsembleConfig, parts: Mapping[str, tuple[str, str]], *, output: Path | None, as_json: bool
 ) -> int:
-    """Fit the rule of the ensemble to texts, of which the last part is held out.
+    """Fit the strength of the ensemble's rule to the first part of each text; the second is held out.
 
     Args:
         shared: The shared options.
-        texts: By file.
-        pairs: Which of them are prompts and answers.
-        holdout: The share of each text that is held out.
+        config: What they describe.
+        parts: Of each text, by file.
         output: Where the ensemble with the fitted rule is written.
         as_json: Print one JSON object.
-        unused: Options that do not go with a rule, by name, and whether they are given.
-        trained: The gate of rule defer that is trained in place of its strength.
     """
-    config = shared.config()
     assert config.combination is not None
-    for name, given in unused.items():
-        if given:
-            raise UsageError(f"{name} is of weights and routers, and --rule fits the strength of a rule", "omit it")
-    fitted_options = ("strength",) if trained is None else ("strength", "by")
-    if named := [name for name in fitted_options if name in shared.generation]:
-        raise UsageError(f"--{named[0]} is what mixlm fit --rule finds", "omit it")
-    if pairs:
-        raise UsageError(f"{next(iter(pairs))} has prompts and answers, and --rule is fitted to texts", "give a text")
-    parts = {name: _split(text, holdout) for name, text in texts.items()}
-    if trained is not None:
-        return _fit_gate(shared, parts, trained, output=output, as_json=as_json)
+    _refuse_fitted(shared, "strength")
     if config.combination.accept is not None:
         raise UsageError(
             f"{shared.ensemble} has a trained gate, and mixlm fit finds the strength of a threshold",
             "add --router FILE to train a gate, or --rule defer for a threshold in its place",
         )
     from mixlm.core.rule_options import build_rule
-    from mixlm.fitting.rule_strength import check_fittable, fit_strength
+    from mixlm.fitting import rule_strength
     from mixlm.scoring.rule_scores import text_passages
 
     parameters = config.rule_options()
-    check_fittable(build_rule(parameters.pop("rule"), parameters))
+    rule_strength.check_fittable(build_rule(parameters.pop("rule"), parameters))
     ensemble = open_ensemble(shared, {})
     train, check = (text_passages(ensemble, [part[i] for part in parts.values() if part[i]]) for i in (0, 1))
     weights_given = shared.numbers() is not None or config.weights() is not None
     with progress_bars() as progress:
-        result = fit_strength(ensemble, train, check, fit_weights=not weights_given, progress=progress)
+        result = rule_strength.fit_strength(ensemble, train, check, fit_weights=not weights_given, progress=progress)
     written = None
     if output is not None:
         combination = config.combination.model_copy(update={"strength": result.strength})
@@ -107,15 +76,23 @@ def fit_rule(
     return 0
 
 
-def _fit_gate(
+def fit_gate(
     shared: Shared,
+    config: EnsembleConfig,
     parts: Mapping[str, tuple[str, str]],
-    trained: GateToTrain,
+    router: Path,
+    kind: GateKind,
+    price: float,
+    models: list[str | None] | None,
     *,
     output: Path | None,
     as_json: bool,
 ) -> int:
-    """Train a gate of rule defer on the first part of each text; the second is held out."""
+    """Train a gate of rule defer on the first part of each text; the second is held out.
+
+    Arguments as in `fit_strength`. router, kind: the gate's file, and what it is. price: of a forward of the second
+    member. models: identities, for the cache of scores.
+    """
     from mixlm.engines.topk_only import full_distribution_error
     from mixlm.fitting.deferral import DeferralScores, check_members, compare, train_deferral
     from mixlm.fitting.gates import untrained
@@ -123,7 +100,7 @@ def _fit_gate(
     from mixlm.routing.gate_router import GateInputs
     from mixlm.scoring.scores import concatenate
 
-    config = shared.config()
+    _refuse_fitted(shared, "strength", "by")
     check_members(len(config.members))
     ensemble = open_ensemble(shared, {})
     check_members(len(ensemble.members), one_vocabulary=ensemble.unit.traits.shared_vocabulary)
@@ -132,31 +109,19 @@ def _fit_gate(
         raise full_distribution_error(engine, "a gate of rule defer")
     watching = ensemble.with_router(untrained(ensemble.names, GateInputs(("top_k",), observed, TOP_K)))
     train, check = (
-        list(
-            score_texts(
-                watching,
-                {name: part[side] for name, part in parts.items() if part[side]},
-                {},
-                trained.models,
-                ends=None,
-                system=None,
-            ).values()
-        )
+        list(score_texts(watching, texts, {}, models, ends=None, system=None).values())
         for side in (0, 1)
+        for texts in [{name: part[side] for name, part in parts.items() if part[side]}]
     )
     with progress_bars() as progress:
-        gate = train_deferral(
-            train,
-            trained.kind,
-            price=trained.price,
-            progress=None if progress is None else lambda done, _: progress("training the gate", done, done),
-        )
-    gate.save(trained.path)
+        report = None if progress is None else lambda done, _: progress("training the gate", done, done)
+        gate = train_deferral(train, kind, price=price, progress=report)
+    gate.save(router)
     written = None
     if output is not None:
         from mixlm.config import CombinationConfig
 
-        combination = CombinationConfig(rule="defer", accept=relative_path(trained.path, output))
+        combination = CombinationConfig(rule="defer", accept=relative_path(router, output))
         weights = [member.weight for member in config.members]
         written = write_ensemble(config, output, weights, combination=combination)
     fitted = DeferralScores.of(concatenate(train))
@@ -170,13 +135,19 @@ def _fit_gate(
         table = [(row.name, f"{row.bits_per_byte:.4f}", f"{row.forwards:.2f}") for row in rows]
         print_table(heads, table, right=set(heads[1:]))
         print_lines(f"On {'held-out text' if check else 'the training text'}; {observed} runs at every token.")
-    dim(f"gate written to {trained.path}, its numbers to {trained.path.with_suffix('.safetensors').name}")
+    dim(f"gate written to {router}, its numbers to {router.with_suffix('.safetensors').name}")
     if written is not None:
         dim(written)
     return 0
 
 
-def _split(text: str, holdout: float) -> tuple[str, str]:
+def _refuse_fitted(shared: Shared, *names: str) -> None:
+    """Raise UsageError for a parameter that is to be fitted."""
+    if named := [name for name in names if name in shared.generation]:
+        raise UsageError(f"--{named[0]} is what mixlm fit --rule finds", "omit it")
+
+
+def split_text(text: str, holdout: float) -> tuple[str, str]:
     """Return a text without its last part, and that part, which begins with a space or a line."""
     cut = round(len(text) * (1 - holdout))
     if holdout:

@@ -10,8 +10,8 @@ import numpy as np
 
 from mixlm.core.grammar import GrammarCache
 from mixlm.core.options import GenerationOptions
-from mixlm.core.sampling import Transform
-from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy
+from mixlm.core.sampling import ReportTransform, Transform
+from mixlm.decoding import StrategyContext, build_strategy
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, UnsupportedError
@@ -52,91 +52,71 @@ def check_two_prompts(rule: Combination | None, members: Sequence[MemberSpec], p
         )
 
 
+@dataclass(frozen=True)
 class Binder:
-    """What an ensemble is made of, to be bound to the options of a generation.
+    """What an ensemble is made of, to be bound to the options of a generation. weights: float64 (members,)."""
 
-    Args:
-        members: Those of the ensemble.
-        weights: float64 (members,), summing to 1.
-        unit: What they share a distribution over.
-        router: Weighs them.
-        grammars: A cache for JSON schemas and tools.
-    """
-
-    def __init__(
-        self, members: Sequence[MemberSpec], weights: Floats, unit: Unit, router: Router, grammars: GrammarCache
-    ) -> None:
-        self._members = members
-        self._names = tuple(member.name for member in members)
-        self._weights = weights
-        self._unit = unit
-        self._router = router
-        self._grammars = grammars
+    members: Sequence[MemberSpec]
+    weights: Floats
+    unit: Unit
+    router: Router
+    grammars: GrammarCache
 
     def context(self, settings: GenerationOptions, sessions: Sequence[Session] | None = None) -> GenerationContext:
-        """Return what generates with these options, with new sessions or the given ones, one a member.
-
-        New ones end with a generation; given ones are kept for the next.
-
-        Raises:
-            UnsupportedError: A member, or the unit, cannot do what the options say.
-        """
+        """Return what `Ensemble.context` does."""
         self._check(settings)
         keeps_sessions = sessions is not None
-        sessions = sessions or [member.engine.session() for member in self._members]
-        speculation = SpeculationStats()
+        sessions = sessions or [member.engine.session() for member in self.members]
+        observes = observed_by(self.router) if settings.method != "single" else None
+        target = self._target(settings)
         strategy_context = StrategyContext(
-            weights=self._weights,
-            names=self._names,
-            sampling=[member.sampling for member in self._members],
-            sizes=[member.engine.weights_bytes for member in self._members],
+            weights=self.weights,
+            names=[member.name for member in self.members],
+            sampling=[member.sampling for member in self.members],
+            sizes=[member.engine.weights_bytes for member in self.members],
             forwards=lambda: [session.stats.forwards for session in sessions],
-            unit=self._unit.name,
-            traits=self._unit.traits,
-            speculation=speculation,
-            batch_keys=[member.engine.batch_key for member in self._members],
-            target=self._target(settings),
+            unit=self.unit.name,
+            traits=self.unit.traits,
+            observed=None if observes is None else observes.member,
+            batch_keys=[member.engine.batch_key for member in self.members],
+            target=target,
         )
-        observes = observed_by(self._router) if settings.method != "single" else None
-        if observes is not None:
-            strategy_context = replace(strategy_context, observed=observes.member)
+        opening = replace(settings, min_tokens=0, ignore_end=True) if settings.min_tokens else None
         return GenerationContext(
-            self._unit,
-            self._router,
+            self.unit,
+            self.router,
             settings,
-            self._bind_members(settings, strategy_context.target),
+            self._bind_members(settings, target),
             build_strategy(settings, strategy_context),
             sessions,
-            speculation,
+            strategy_context.speculation,
             strategy_context.heaviest_member,
-            self._bind_members(replace(settings, min_tokens=0, ignore_end=True), strategy_context.target)
-            if settings.min_tokens
-            else (),
-            strategy_context.target,
+            () if opening is None else self._bind_members(opening, target),
+            target,
             keeps_sessions=keeps_sessions,
         )
 
     def _target(self, settings: GenerationOptions) -> RuleTarget | None:
         """Return what the rule of the options makes of the members; None for samples of the average."""
-        if settings.combination is None and settings.method != "greedy":
+        rule = settings.combination
+        if rule is None and settings.method != "greedy":
             return None
         from mixlm.generation.target import average_target, build_target
 
-        if settings.combination is None:
+        if rule is None:
             return average_target()
-        if settings.combination.roles and not isinstance(self._router, FixedRouter):
+        if rule.roles and not isinstance(self.router, FixedRouter):
             raise ConfigError(
-                f"a router gives weights, and rule {settings.combination.name} tells its members apart by their roles, "
-                "not by weights",
+                f"a router gives weights, and rule {rule.name} tells its members apart by their roles, not by weights",
                 "use it without a router",
             )
         return build_target(
             settings,
-            weights=self._weights,
-            names=self._names,
-            sampling=[member.sampling for member in self._members],
-            roles=[member.role for member in self._members],
-            traits=self._unit.traits,
+            weights=self.weights,
+            names=[member.name for member in self.members],
+            sampling=[member.sampling for member in self.members],
+            roles=[member.role for member in self.members],
+            traits=self.unit.traits,
         )
 
     def check_router(self) -> None:
@@ -146,15 +126,15 @@ class Binder:
             ConfigError: The router was trained for another model.
             UnsupportedError: A member's engine, or the unit, does not give it.
         """
-        observes = observed_by(self._router, len(self._members))
+        observes = observed_by(self.router, len(self.members))
         if observes is None:
             return
-        member = self._members[observes.member]
+        member = self.members[observes.member]
         limit, size = member.engine.reported_tokens, member.engine.hidden_size
         about = f"the router observes {member.name}"
-        if not self._unit.traits.full_distributions:
+        if not self.unit.traits.full_distributions:
             raise UnsupportedError(
-                f"{about}, and in the unit {self._unit.name} members have no distribution at every position",
+                f"{about}, and in the unit {self.unit.name} members have no distribution at every position",
                 "use --unit piece, or a router of the text",
             )
         if observes.hidden and size is None:
@@ -181,17 +161,17 @@ class Binder:
             )
 
     def _check(self, settings: GenerationOptions) -> None:
-        if settings.wants_ensemble_logprobs and not self._unit.traits.full_distributions:
+        if settings.wants_ensemble_logprobs and not self.unit.traits.full_distributions:
             raise UnsupportedError(
-                f"logprobs_of is 'ensemble', and in the unit {self._unit.name} members have no common distribution "
+                f"logprobs_of is 'ensemble', and in the unit {self.unit.name} members have no common distribution "
                 "over symbols",
                 "use --unit piece, or leave it out for the log-probabilities of the sampled member",
             )
-        if not self._unit.traits.full_distributions and (settings.method != "single" or self._unit.traits.counts_bytes):
+        if not self.unit.traits.full_distributions and (settings.method != "single" or self.unit.traits.counts_bytes):
             self._check_restricts()
         if settings.score_prompt and settings.rule is not None and settings.combination is not None:
             self._check_scored_rule(settings.combination)
-        for member in self._members:
+        for member in self.members:
             if settings.score_prompt and not member.engine.scores_texts:
                 raise UnsupportedError(
                     f"score_prompt needs every token's probability, and {member.name} reports its "
@@ -204,10 +184,10 @@ class Binder:
 
         They are needed where none of its own most likely ones continues what another member has generated.
         """
-        for member in self._members:
+        for member in self.members:
             if not member.engine.takes_ids and not member.engine.reports_all:
                 raise UnsupportedError(
-                    f"in the unit {self._unit.name} members are asked for their most likely tokens among those that "
+                    f"in the unit {self.unit.name} members are asked for their most likely tokens among those that "
                     f"continue the text, and {member.name} runs in an engine that reports its "
                     f"{member.engine.max_top_k} most likely tokens of all only",
                     "use --unit piece, --engine hf (engine='hf'), llama.cpp, SGLang, or vLLM whose logprobs mode is "
@@ -218,13 +198,13 @@ class Binder:
         """Raise UnsupportedError where the tokens of a given text have no log-probability under a rule."""
         about = f"score_prompt gives the log-probability of each token under rule {rule.name}"
         hint = "use mixlm score with --rule, or members that share one vocabulary with --unit token"
-        if not self._unit.traits.shared_vocabulary:
+        if not self.unit.traits.shared_vocabulary:
             raise UnsupportedError(f"{about}, and members with different vocabularies have different tokens", hint)
         if rule.alignment == "strings":
             raise UnsupportedError(f"{about}, and it combines tokens as they are spelled", "use mean-then-truncate")
-        if not isinstance(self._router, FixedRouter):
+        if not isinstance(self.router, FixedRouter):
             raise UnsupportedError(f"{about} with weights that are fixed, and these depend on the text")
-        for member in self._members:
+        for member in self.members:
             if member.engine.top_k_limit is not None:
                 raise UnsupportedError(
                     f"{about}, which needs every token's probability, and {member.name} reports its most likely only",
@@ -233,23 +213,24 @@ class Binder:
 
     def _bind_members(self, settings: GenerationOptions, target: RuleTarget | None) -> list[Member]:
         """Return each member with its transform `A_i` and its map `K_i` for these options."""
+        traits, language = self.unit.traits, settings.language
         # An engine that samples itself reports no top logprobs, and uses its own logits as they are.
         samples_only = (
             settings.method in ("mixture", "single")
-            and self._unit.traits.full_distributions
+            and traits.full_distributions
             and not settings.top_logprobs
             and not settings.wants_ensemble_logprobs
             and not settings.logit_bias
-            and settings.language is None
+            and language is None
         )
-        observes = observed_by(self._router)
-        language = settings.language
-        grammars = [None] * len(self._members) if language is None else self._grammars.for_language(language)
+        # The observed member has run before its coin falls, so its samples are taken from those logits.
+        observes = observed_by(self.router) if settings.method != "single" else None
+        grammars = [None] * len(self.members) if language is None else self.grammars.for_language(language)
         members = []
-        for i, (spec, grammar) in enumerate(zip(self._members, grammars, strict=True)):
-            all_symbols = self._unit.symbols(i)
-            symbols = np.where(all_symbols == self._unit.end, -1, all_symbols) if settings.ignore_end else all_symbols
-            bias = None
+        for i, (spec, grammar) in enumerate(zip(self.members, grammars, strict=True)):
+            symbols, bias = self.unit.symbols(i), None
+            if settings.ignore_end:
+                symbols = np.where(symbols == self.unit.end, -1, symbols)
             if settings.logit_bias:
                 from mixlm.core.logit_bias import member_logit_bias
 
@@ -258,29 +239,17 @@ class Binder:
                     spec.engine.vocabulary,
                     symbols,
                     member=spec.name,
-                    unit=self._unit.name,
-                    shared_vocabulary=self._unit.traits.shared_vocabulary,
+                    unit=self.unit.name,
+                    shared_vocabulary=traits.shared_vocabulary,
                 )
-            sampling, banned = settings.member_sampling(spec.sampling), np.flatnonzero(symbols < 0)
+            transform = Transform(settings.member_sampling(spec.sampling), np.flatnonzero(symbols < 0), bias)
             # Of the other members, `Member` says what their engines cannot do.
-            transform = Transform(sampling, banned, bias)
-            can_take_more = spec.engine.top_k_limit is not None and bias is None and spec.processor is None
-            takes_more = False
-            if can_take_more and grammar is None and target is not None and sampling == PLAIN_SAMPLING:
-                from mixlm.generation.target import report_transform
-
-                transform = report_transform(target, settings, spec.name, spec.engine, sampling, banned)
-                takes_more = True
-            elif (
-                can_take_more
-                and grammar is not None
-                and spec.engine.reports_all
-                and not (sampling.top_k or sampling.has_penalties)
-            ):
-                transform.top_k_filter = TopKFilter(spec.engine.vocabulary.size, banned)  # of what is allowed
-                takes_more = True
-            # The observed member has run before its coin falls, so its samples are taken from those logits.
-            is_observed = observes is not None and observes.member == i and settings.method != "single"
+            if spec.engine.top_k_limit is not None and bias is None and spec.processor is None:
+                if grammar is not None:
+                    _report_allowed(spec.engine, transform)
+                elif target is not None and transform.sampling == PLAIN_SAMPLING:
+                    transform = _report_transform(target, settings, spec, transform)
+            is_observed = observes is not None and observes.member == i
             members.append(
                 Member(
                     spec.engine,
@@ -291,7 +260,41 @@ class Binder:
                     grammar,
                     spec.processor,
                     samples_only=samples_only and not is_observed,
-                    takes_more=takes_more,
                 )
             )
         return members
+
+
+def _report_allowed(engine: Engine, transform: Transform) -> None:
+    """Request every token that a grammar allows, of an engine that reports its most likely tokens, if it can."""
+    if engine.reports_all and not (transform.sampling.top_k or transform.sampling.has_penalties):
+        transform.top_k_filter = TopKFilter(engine.vocabulary.size, transform.banned)
+
+
+def _report_transform(
+    target: RuleTarget, settings: GenerationOptions, spec: MemberSpec, transform: Transform
+) -> Transform:
+    """Return the transform of a member whose engine reports its most likely tokens, and whose sampling is plain.
+
+    Bounds on what it does not report are enough for some rules; for others it has to report every token. Raises
+    UnsupportedError where something needs every token's probability, and the engine reports fewer.
+    """
+    engine, rule, limit = spec.engine, target.rule, spec.engine.top_k_limit
+    assert limit is not None
+    needs_whole = {
+        f"method {settings.method}": settings.method not in ("layered", "greedy"),
+        "top_logprobs": settings.top_logprobs > 0,
+        "logprobs_of": settings.wants_ensemble_logprobs,
+        f"rule {rule.name}": not (target.has_bounds and rule.takes_reports),
+    }
+    reason = next((reason for reason, applies in needs_whole.items() if applies), None)
+    if reason is None:
+        return ReportTransform(transform.banned, limit)
+    if not engine.reports_all:
+        raise UnsupportedError(
+            f"{reason} needs every token's probability here, and {spec.name} reports its {engine.max_top_k} most "
+            "likely at most",
+            "use --engine hf (engine='hf')",
+        )
+    transform.top_k_filter = TopKFilter(engine.vocabulary.size, transform.banned, normalized=True)
+    return transform

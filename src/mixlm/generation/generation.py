@@ -327,8 +327,9 @@ class Generation(Iterator[Token]):
                 choices = yield from sequence.decode_step(self._context.strategy, noise, max_symbols)
                 if self._context.settings.wants_ensemble_logprobs:
                     from mixlm.generation.next_distribution import ensemble_logprobs
+                    from mixlm.generation.target import average_target
 
-                    repeat = ensemble_logprobs(choices, self._context.target)
+                    repeat = ensemble_logprobs(choices, self._context.target or average_target())
                     choices = yield from sequence.decode_step(repeat, noise, len(choices))
                 return choices
             except MemberError:

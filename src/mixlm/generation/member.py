@@ -55,7 +55,6 @@ class Member:
         processor: What changes its logits first.
         samples_only: Whether the strategy requests nothing but samples of single members, so that an engine may sample
             them itself.
-        takes_more: Whether the strategy requests as many of an engine's most likely tokens as it needs.
 
     Raises:
         UnsupportedError: The options need more of the distribution than the engine reports.
@@ -69,9 +68,8 @@ class Member:
     grammar: Grammar | None = None
     processor: LogitsProcessor | None = None
     samples_only: InitVar[bool] = False
-    takes_more: InitVar[bool] = False
 
-    def __post_init__(self, samples_only: bool, takes_more: bool) -> None:
+    def __post_init__(self, samples_only: bool) -> None:
         engine, transform, grammar, symbols = self.engine, self.transform, self.grammar, self.symbols
         # A member with a token for every byte can continue any text.
         self.may_be_stuck = grammar is not None and bool(
@@ -85,7 +83,7 @@ class Member:
         can_run_ahead = samples_only and transform.top_k_filter is not None
         self.run_ahead = engine.run_ahead_depth if can_run_ahead else 0
         if not self.samples_itself:
-            _check_top_k_limit(self, takes_more=takes_more)
+            _check_top_k_limit(self)
 
     @property
     def is_partial(self) -> bool:
@@ -280,7 +278,7 @@ class MemberView:
         return TokenHistory.from_tokens(ids[:prompt], ids[prompt:])
 
 
-def _check_top_k_limit(member: Member, *, takes_more: bool = False) -> None:
+def _check_top_k_limit(member: Member) -> None:
     """Raise UnsupportedError for options that need more than the top k tokens that the engine reports."""
     engine, transform, symbols = member.engine, member.transform, member.symbols
     if engine.top_k_limit is None:
@@ -302,7 +300,7 @@ def _check_top_k_limit(member: Member, *, takes_more: bool = False) -> None:
         reason = "logit_bias moves tokens from anywhere in the vocabulary"
     elif sampling.has_penalties:
         reason = f"{sampling.active_penalties[0]} moves tokens from anywhere in the vocabulary"
-    elif not takes_more and not 1 <= sampling.top_k <= limit:
+    elif transform.top_k_filter is None or sampling.top_k > max(limit, 0):
         reason = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
     else:
         return

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mixlm.core.mixing import mix
 from mixlm.core.rng import Noise
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
+from mixlm.generation.target import RuleTarget, average_target
 from mixlm.types import Candidates, Floats, Ids
 
 if TYPE_CHECKING:
     from mixlm.generation.generation import GenerationContext
     from mixlm.generation.prompt import EncodedPrompt
-    from mixlm.generation.target import RuleTarget
     from mixlm.units.base import Unit
 
 
@@ -75,29 +74,25 @@ class NextDistribution:
         return f"<NextDistribution of {len(self)} symbols by {', '.join(self.names)}: {top}{', …' * (len(self) > 5)}>"
 
 
-def ensemble_parts(step: DecodeStep, target: RuleTarget | None) -> RequestFlow[EnsembleParts]:
-    """Run every member that takes part, and combine them. target: a combination rule's; None for the average."""
-    members = step.weighted_members if target is None else target.members(step)
-    weights = step.weights[members] if target is None else target.weights(step, members)
-    distributions = [
-        step.views[i].bind_distribution() if target is None else target.distribution(step, i) for i in members
-    ]
-    responses = yield [step.views[i].logits_request() for i in members]
+def ensemble_parts(step: DecodeStep, target: RuleTarget) -> RequestFlow[EnsembleParts]:
+    """Run every member that takes part, and combine them."""
+    members = target.members(step)
+    weights, views = target.weights(step, members), [step.views[i] for i in members]
+    distributions = [target.distribution(step, i) for i in members]
+    responses = yield [view.logits_request() for view in views]
     parts = [
-        step.views[i].check_possible(distribution(response[0]))
-        for i, distribution, response in zip(members, distributions, responses, strict=True)
+        view.check_possible(distribution(response[0]))
+        for view, distribution, response in zip(views, distributions, responses, strict=True)
     ]
-    if target is None:
-        return EnsembleParts(members, weights, parts, mix([*zip(weights.tolist(), parts, strict=True)]))
     combined = target.in_symbols(step, target.combine(members, parts, weights))
     return EnsembleParts(members, weights, [target.in_symbols(step, part) for part in parts], combined)
 
 
-def ensemble_logprobs(choices: Sequence[Choice], target: RuleTarget | None) -> Strategy:
+def ensemble_logprobs(choices: Sequence[Choice], target: RuleTarget) -> Strategy:
     """Return the strategy that repeats these choices with the ensemble's log-probability and `top_logprobs`.
 
     Every member with weight runs at each of the positions, without another forward where it ran there already: the text
-    is that of the strategy that chose, and the cost is conventional's. target: as of `ensemble_parts`.
+    is that of the strategy that chose, and the cost is conventional's.
     """
 
     def strategy(step: DecodeStep) -> Flow:
@@ -132,7 +127,7 @@ def next_distribution(context: GenerationContext, prompt: EncodedPrompt) -> Next
     result: list[EnsembleParts] = []
 
     def strategy(step: DecodeStep) -> Flow:
-        result.append((yield from ensemble_parts(step, context.target)))
+        result.append((yield from ensemble_parts(step, context.target or average_target())))
         return []
 
     context = replace(context, router=context.scoring_router, strategy=strategy)

@@ -7,15 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.core.combinations.base import Aligned, Combination, align, align_logprobs, is_plain
+from mixlm.core.combinations.base import Aligned, Combination, align, align_logprobs
 from mixlm.core.mixing import mix
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rule_options import build_rule, check_whole_tokens
-from mixlm.core.sampling import ReportTransform, Transform
-from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError, EngineError, UnsupportedError, did_you_mean
 from mixlm.generation.sequence import DecodeStep
-from mixlm.types import Candidates, Floats, Ids, LogitsRow, Sampling, TopKFilter
+from mixlm.types import Candidates, Floats, Ids, LogitsRow, Sampling
 from mixlm.units.base import UnitTraits
 
 
@@ -59,17 +57,17 @@ class RuleTarget:
 
     def weights(self, step: DecodeStep, members: Sequence[int]) -> Floats:
         """Return the weights of these members, float64, summing to 1; equal ones where members have roles."""
-        if self._roles is not None:
-            return np.full(len(members), 1 / len(members))
-        weights: Floats = step.weights[list(members)]
-        normalised: Floats = weights / weights.sum()
-        return normalised
+        return self._normalised(step.weights, members)
 
     def rows(self, weights: Floats) -> tuple[list[int], Floats]:
         """Return the members in the order of the rule's rows, and their weights: for given ones of all members."""
         rows = np.flatnonzero(weights > 0).tolist() if self._roles is None else list(self._roles)
-        own: Floats = weights[rows] if self._roles is None else np.full(len(rows), 1 / len(rows))
-        return rows, own / own.sum()
+        return rows, self._normalised(weights, rows)
+
+    def _normalised(self, weights: Floats, members: Sequence[int]) -> Floats:
+        own = weights[list(members)] if self._roles is None else np.ones(len(members))
+        normalised: Floats = own / own.sum()
+        return normalised
 
     def distribution(
         self, step: DecodeStep, member: int, *, normalize: bool = True
@@ -161,18 +159,16 @@ def build_target(
             f"weights are given, and rule {rule.name} tells its members apart by their roles, not by weights",
             "leave them out; strength says how much the roles count",
         )
-    over_strings = rule.alignment == "strings"
     common = _common_sampling(options, rule, sampling)
     if common is not None:
         if options.method == "greedy":
             common = mode_sampling(rule, common)
-        sampled = rule.with_sampling(common)  # refuses what the rule does not take
+        spelled, rule = rule, rule.with_sampling(common)  # refuses what the rule does not take
         if options.rule == "unite" and traits is not None and not traits.shared_vocabulary:
             from mixlm.generation.spellings import SpelledTarget
 
-            return SpelledTarget(rule, common)
-        rule = sampled
-    if over_strings:
+            return SpelledTarget(spelled, common)
+    if rule.alignment == "strings":
         from mixlm.generation.spellings import StringTarget
 
         return StringTarget(rule)
@@ -184,52 +180,6 @@ def average_target() -> RuleTarget:
     from mixlm.core.combinations.average import Average
 
     return RuleTarget(Average())
-
-
-def report_transform(
-    target: RuleTarget, options: GenerationOptions, member: str, engine: Engine, sampling: Sampling, banned: Ids
-) -> Transform:
-    """Return the transform of a member whose engine reports its likeliest tokens, and that does not keep top-k of them.
-
-    Bounds on what it does not report are enough for some rules; for others it has to report every token.
-
-    Args:
-        target: The rule's.
-        options: The options of a generation.
-        member: Its name.
-        engine: Its engine.
-        sampling: Its sampling options.
-        banned: Ids that are never sampled, int64.
-
-    Raises:
-        UnsupportedError: Something needs every token's probability, and the engine reports fewer.
-    """
-    assert engine.top_k_limit is not None
-    rule = target.rule
-    needs_whole = next(
-        (
-            reason
-            for reason, applies in (
-                (f"method {options.method}", options.method not in ("layered", "greedy")),
-                ("top_logprobs", options.top_logprobs > 0),
-                ("logprobs_of", options.wants_ensemble_logprobs),
-                (f"rule {rule.name}", not (target.has_bounds and rule.takes_reports and is_plain(sampling))),
-            )
-            if applies
-        ),
-        None,
-    )
-    if needs_whole is None:
-        return ReportTransform(banned, engine.top_k_limit)
-    if not engine.reports_all:
-        raise UnsupportedError(
-            f"{needs_whole} needs every token's probability here, and {member} reports its {engine.max_top_k} most "
-            "likely at most",
-            "use --engine hf (engine='hf')",
-        )
-    transform = Transform(sampling, banned)
-    transform.top_k_filter = TopKFilter(engine.vocabulary.size, banned, normalized=True)
-    return transform
 
 
 def assign_roles(rule: Combination, names: Sequence[str], roles: Sequence[str | None]) -> list[int]:

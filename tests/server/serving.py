@@ -24,7 +24,7 @@ from mixlm.engines.toy import WORD_TOKENS, ToyEngine, wordy_table
 from mixlm.ensemble import Ensemble
 from mixlm.server.api_keys import ApiKeys
 from mixlm.server.app import ServerApp
-from mixlm.server.http_server import ListenAddress, uvicorn_server
+from mixlm.server.http_server import GracefulServer, ListenAddress
 from mixlm.server.limits import ServerLimits
 from mixlm.server.model_registry import ModelRegistry
 from mixlm.server.tracing import RequestTracer
@@ -113,7 +113,7 @@ def running(
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     urls: list[str] = []
-    web_server = uvicorn_server(app, listener, on_ready=urls.append)
+    web_server = GracefulServer(app, listener, on_ready=urls.append)
     thread = threading.Thread(target=web_server.run, kwargs={"sockets": [listener]})
     thread.start()
     wait(lambda: bool(urls))

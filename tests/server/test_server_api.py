@@ -682,7 +682,11 @@ BROKEN_TOOL = {"type": "function", "function": {"name": "g", "parameters": PATTE
             "response_format.json_schema.scheme",
             "did you mean 'schema'?",
         ),
-        ({"mixlm": {"rule": "min", "unit": "byte"}}, "mixlm.unit", "rule min combines distributions over whole tokens"),
+        (
+            {"mixlm": {"rule": "min", "unit": "byte"}},
+            "mixlm.unit",
+            "rule min combines the members' distributions over whole tokens",
+        ),
         (
             {"tools": [{"type": "function", "function": {"name": "f"}}, BROKEN_TOOL]},
             "tools",

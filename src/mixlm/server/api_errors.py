@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from starlette.exceptions import HTTPException
 
 from mixlm.core.options import OPTIONS
 from mixlm.errors import MemoryLimitError, MixlmError, PromptTooLongError, TokenizerError, UsageError, did_you_mean
 from mixlm.generation.dispatch import UnexpectedEngineError
 
-_log = logging.getLogger("mixlm")
+_log = logging.getLogger("mixlm.server")
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -51,10 +53,11 @@ _FLAT = (
 )
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """An error response.
 
-    Args:
+    Attributes:
         status: The HTTP status.
         message: What went wrong, for people.
         param: The field at fault, as a dotted path.
@@ -62,41 +65,33 @@ class ApiError(Exception):
         headers: Additional headers of the response.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
+    status: int
+    message: str
+    _: KW_ONLY
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
-    def renamed(self, names: Mapping[str, str]) -> ApiError:
-        """Return the error with fields as another API calls them. names: by the names here; none for this API."""
+    def __str__(self) -> str:
+        return self.message
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call fields as another API calls them. names: by the names here; none for this API."""
         if self.param is None or not names:
-            return self
-        field, dot, rest = self.param.partition(".")
+            return
+        name, dot, rest = self.param.partition(".")
         if self.code == "unknown_field":  # as the client wrote it
-            if dot or field not in names:
-                return self
-            message = f"there is no field {field}: did you mean {names[field]!r}?"
-            return ApiError(self.status, message, param=self.param, code=self.code, headers=self.headers)
-        param = names.get(field, field) + dot + rest
+            if not dot and name in names:
+                self.message = f"there is no field {name}: did you mean {names[name]!r}?"
+            return
+        param = names.get(name, name) + dot + rest
         for nested, flat in _FLAT:
             param = re.sub(nested, flat, param)
-        message = self.message
-        for old, new in ((self.param, param), (field, names.get(field, field))):
-            if re.match(rf"{re.escape(old)}\b", message):
-                message = new + message[len(old) :]
+        for old, new in ((self.param, param), (name, names.get(name, name))):
+            if re.match(rf"{re.escape(old)}\b", self.message):
+                self.message = new + self.message[len(old) :]
                 break
-        return ApiError(self.status, message, param=param, code=self.code, headers=self.headers)
+        self.param = param
 
     @property
     def type(self) -> str:
@@ -114,17 +109,21 @@ def unsupported_field(field: str, why: str) -> ApiError:
     return ApiError(400, f"{field} cannot be honoured: {why}", param=field, code="unsupported_field")
 
 
-def to_api_error(error: BaseException) -> ApiError:
-    """Return the response for an error. Unexpected errors do not reveal their cause."""
+def to_api_error(error: BaseException, request_id: str = "") -> ApiError:
+    """Return the response for an error. Unexpected errors do not reveal their cause: it is logged with the request."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, HTTPException):  # an unknown path or method
+        detail = str(error.detail).lower()
+        return ApiError(error.status_code, detail, code=detail.replace(" ", "_"), headers=error.headers or {})
     if isinstance(error, UsageError | TokenizerError):
         return _client_error(error)
     if isinstance(error, MemoryLimitError):
         return ApiError(503, "the server ran out of memory for this request", code="out_of_memory")
     if isinstance(error, MixlmError) and not isinstance(unexpected := _cause(error), UnexpectedEngineError):
         return ApiError(500, error.message, code="failed")
-    _log.error("unexpected error", exc_info=unexpected if isinstance(error, MixlmError) else error)
+    cause = unexpected if isinstance(error, MixlmError) else error
+    _log.error("a request failed", exc_info=cause, extra={"fields": {"request": request_id}})
     return ApiError(500, "an unexpected error occurred; see the server's log", code="unexpected")
 
 
@@ -186,13 +185,13 @@ def _resolved(location: Iterable[int | str], schema: type[BaseModel]) -> tuple[l
     models = [schema]
     for part in location:
         branch = [model for model in models if part == model.__name__ or (len(models) > 1 and part in _tags(model))]
-        fields = [field for model in models for name, field in _fields(model).items() if name == part]
+        fields = [info for model in models for name, info in _fields(model).items() if name == part]
         if branch:
             models = branch
         elif isinstance(part, int) or (re.fullmatch(r"[a-z][a-z0-9_]*|[A-Z]\w*", part) and part not in _BRANCHES):
             path.append(str(part))
         if fields and not branch:
-            models = [model for field in fields for model in _models_in(field.annotation)]
+            models = [model for info in fields for model in _models_in(info.annotation)]
     return path, models
 
 
@@ -200,14 +199,14 @@ def _similar_field(
     name: str, schema: type[BaseModel], models: Sequence[type[BaseModel]], others: Iterable[str]
 ) -> str | None:
     """Return a hint: the field of this name at the top or one level down, else the fields of its level like it."""
-    elsewhere = [field for field in _fields(schema) if field == name]
+    elsewhere = [name] if name in _fields(schema) else []
     for model in models:
-        for field, info in _fields(model).items():
+        for parent, info in _fields(model).items():
             children = _models_in(info.annotation, in_lists=False)
-            elsewhere += [f"{field}.{name}" for child in children if name in _fields(child)]
+            elsewhere += [f"{parent}.{name}" for child in children if name in _fields(child)]
     if elsewhere:
         return f"did you mean {elsewhere[0]!r}?"
-    known = [field for model in models for field in _fields(model)]
+    known = [field_name for model in models for field_name in _fields(model)]
     return did_you_mean(name, [*known, *(others if models == [schema] else ())])
 
 

@@ -31,11 +31,8 @@ class ApiKeys:
     def holder(self, key: str) -> str | None:
         """Return the name of a key, or None for an unknown key."""
         digest = hash_key(key)
-        holder = None
-        for known, name in self.names.items():
-            if hmac.compare_digest(known, digest):
-                holder = name
-        return holder
+        holders = [name for known, name in self.names.items() if hmac.compare_digest(known, digest)]
+        return holders[0] if holders else None
 
 
 def hash_key(key: str) -> str:

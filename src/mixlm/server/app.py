@@ -33,9 +33,8 @@ from mixlm.server.protocols.response_store import ResponseStore
 from mixlm.server.protocols.responses import ResponsesFormat
 from mixlm.server.protocols.responses_body import ResponsesBody
 from mixlm.server.request_body import read_body
-from mixlm.server.request_parsing import ParsedRequest, check_length, parse_chat, parse_completion
-from mixlm.server.request_schemas import Body, CommonFields, CompletionBody, parse_body, parse_fields
-from mixlm.server.response_format import FormatFactory
+from mixlm.server.request_parsing import ParsedRequest, check_length, parse_request
+from mixlm.server.request_schemas import Body, CompletionBody, parse_body
 from mixlm.server.tracing import RequestTracer
 
 
@@ -68,13 +67,10 @@ class ServerApp:
         self.model_thread = ModelThread(limits)
         self.preparer = RequestPreparer(limits)
         self._stored = ResponseStore(limits.max_stored_bytes)
-        self.metrics.add_gauge(
-            "mixlm_running", "Running generations.", lambda: self.model_thread.num_running, "mixlm_writing"
-        )
-        self.metrics.add_gauge(
-            "mixlm_prefix_cache_bytes", "Memory of KV caches kept for later prompts.", self._prefix_cache_bytes
-        )
-        self.metrics.add_gauge("mixlm_waiting", "Generations in the queue.", lambda: self.model_thread.num_waiting)
+        gauge = self.metrics.add_gauge
+        gauge("mixlm_running", "Running generations.", lambda: self.model_thread.num_running)
+        gauge("mixlm_waiting", "Generations in the queue.", lambda: self.model_thread.num_waiting)
+        gauge("mixlm_prefix_cache_bytes", "Memory of KV caches kept for later prompts.", self._prefix_cache_bytes)
         routes = self._routes()
         self._router = Router(routes, redirect_slashes=False, lifespan=self._lifespan)
         self.asgi: ASGIApp = RequestMiddleware(
@@ -132,13 +128,11 @@ class ServerApp:
 
     async def _post_chat_completion(self, request: Request) -> ASGIApp:
         body, _ = await self._body(request, ChatBody)
-        await self._build_unit(request, body)
-        return self._handler(request, parse_chat(body, self.registry, self.limits))
+        return await self._complete(request, body)
 
     async def _post_completion(self, request: Request) -> ASGIApp:
         body, _ = await self._body(request, CompletionBody)
-        await self._build_unit(request, body)
-        return self._handler(request, parse_completion(body, self.registry, self.limits))
+        return await self._complete(request, body)
 
     async def _post_response(self, request: Request) -> ASGIApp:
         client = request.scope["mixlm.record"].client
@@ -148,12 +142,16 @@ class ServerApp:
         if body.previous_response_id is not None:
             earlier = self._stored.get(body.previous_response_id, client, "previous_response_id").messages
             size = self.limits.max_body_bytes  # not known, and may be that of a long conversation
-        chat = await self.preparer.convert(size, lambda: parse_fields(ChatBody, body.chat_fields(earlier)), client)
-        await self._build_unit(request, chat)
+        chat = await self.preparer.convert(size, lambda: parse_body(ChatBody, body.chat_fields(earlier)), client)
         store = None if body.store is False else partial(self._stored.add, client)
-        return self._handler(
-            request, parse_chat(chat, self.registry, self.limits), partial(ResponsesFormat, body, earlier, store)
-        )
+        return await self._complete(request, chat, partial(ResponsesFormat, body, earlier, store))
+
+    async def _post_message(self, request: Request) -> ASGIApp:
+        client = request.scope["mixlm.record"].client
+        body, size = await self._body(request, MessagesBody)
+        check_length(len(body.system_text or ""), "system", self.limits)
+        chat = await self.preparer.convert(size, lambda: parse_body(ChatBody, body.chat_fields()), client)
+        return await self._complete(request, chat, partial(MessagesFormat, body))
 
     async def _stored_response(self, request: Request) -> Response:
         response_id, client = request.path_params["id"], request.scope["mixlm.record"].client
@@ -164,28 +162,24 @@ class ServerApp:
             raise unsupported_field("stream", "a stored response is returned whole")
         return _json(self._stored.get(response_id, client).response)
 
-    async def _post_message(self, request: Request) -> ASGIApp:
-        client = request.scope["mixlm.record"].client
-        body, size = await self._body(request, MessagesBody)
-        check_length(len(body.system_text or ""), "system", self.limits)
-        chat = await self.preparer.convert(size, lambda: parse_fields(ChatBody, body.chat_fields()), client)
-        await self._build_unit(request, chat)
-        return self._handler(request, parse_chat(chat, self.registry, self.limits), partial(MessagesFormat, body))
-
     async def _body(self, request: Request, schema: type[Body]) -> tuple[Body, int]:
         """Return the validated body of a request, and its size in bytes."""
         data = await read_body(request, self.limits)
         client = request.scope["mixlm.record"].client
         return await self.preparer.convert(len(data), partial(parse_body, schema, data), client), len(data)
 
-    async def _build_unit(self, request: Request, body: CommonFields) -> None:
-        unit = body.mixlm.unit if body.mixlm is not None else None
-        await self.preparer.build_unit(self.registry.get(body.model), unit, request.scope["mixlm.record"].client)
-
-    def _handler(
-        self, request: Request, parsed: ParsedRequest, response_format: FormatFactory = CompletionsFormat
+    async def _complete(
+        self,
+        request: Request,
+        body: ChatBody | CompletionBody,
+        response_format: Callable[[ParsedRequest, str], CompletionsFormat] = CompletionsFormat,
     ) -> ASGIApp:
         record = request.scope["mixlm.record"]
+        if body.guided_json is not None:
+            record.field_names = {"response_format": "guided_json"}
+        unit = body.mixlm.unit if body.mixlm is not None else None
+        await self.preparer.build_unit(self.registry.get(body.model), unit, record.client)
+        parsed = parse_request(body, self.registry, self.limits)
         responses = response_format(parsed, record.request_id)
         return CompletionHandler(parsed, responses, self.model_thread, self.preparer, self.metrics, self.limits, record)
 

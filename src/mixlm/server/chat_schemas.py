@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, StringConstraints, model_validator
 
 from mixlm.generation.prompt import IGNORED_MESSAGE_FIELDS
 from mixlm.server.api_errors import unsupported_field
-from mixlm.server.request_schemas import CommonFields, StrictBody, with_content
+from mixlm.server.request_schemas import NEUTRAL_FIELDS, CommonFields, Neutral, Short, StrictBody, Word, with_content
 from mixlm.types import Message, Tool, ToolCall
 
 MAX_TOOLS = 128
@@ -45,7 +45,7 @@ class CalledFunction(StrictBody):
 class CallPart(StrictBody):
     """A call in a message of the assistant."""
 
-    id: Annotated[str, StringConstraints(max_length=512)]
+    id: Short
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None
@@ -59,7 +59,7 @@ class ChatMessage(StrictBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1000, fail_fast=True)]
     tool_calls: Annotated[list[CallPart], Field(max_length=1000, fail_fast=True)] | None = None
-    tool_call_id: Annotated[str, StringConstraints(max_length=512)] | None = None
+    tool_call_id: Short | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -78,16 +78,11 @@ class ChatMessage(StrictBody):
             raise ValueError("tool_call_id goes with the role tool, and says which call has this result")
         return self
 
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        return joined_text(self.content)
-
     def message(self) -> Message:
         """Return it as the ensemble takes it."""
         calls = tuple(ToolCall(call.function.name, call.function.arguments, call.id) for call in self.tool_calls or ())
         role = "system" if self.role == "developer" else self.role
-        return Message(role, self.text, calls, self.tool_call_id or "")
+        return Message(role, joined_text(self.content), calls, self.tool_call_id or "")
 
 
 class FunctionBody(StrictBody):
@@ -145,6 +140,12 @@ ToolChoice = Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
 class ChatBody(CommonFields):
     """A request to /v1/chat/completions."""
 
+    neutral: ClassVar[Neutral] = {
+        **NEUTRAL_FIELDS,
+        "functions": (([],), "it is the older form of tools; use that"),
+        "function_call": (("none",), "it is the older form of tool_choice; use that"),
+    }
+
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31, description="Another name for max_tokens.")
     logprobs: bool | None = None
@@ -152,10 +153,10 @@ class ChatBody(CommonFields):
     tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="Whether several calls are possible.")
-    reasoning_effort: Annotated[str, StringConstraints(max_length=64)] | None = Field(
+    reasoning_effort: Word | None = Field(
         default=None, description="For the members' chat templates; refused if none takes it."
     )
-    verbosity: Annotated[str, StringConstraints(max_length=64)] | None = Field(
+    verbosity: Word | None = Field(
         default=None, description="For the members' chat templates; refused if none takes it."
     )
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = Field(
@@ -165,17 +166,6 @@ class ChatBody(CommonFields):
         default=None, description="Whether the prompt ends where a response begins."
     )
     continue_final_message: bool | None = Field(default=None, description="Whether the last message is continued.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_functions(cls, fields: Any) -> Any:
-        """Refuse the older form of tools."""
-        if isinstance(fields, dict):
-            for name, nothing, other in (("functions", [], "tools"), ("function_call", "none", "tool_choice")):
-                if fields.get(name) not in (None, nothing):
-                    raise unsupported_field(name, f"it is the older form of {other}; use that")
-            fields = {name: value for name, value in fields.items() if name not in ("functions", "function_call")}
-        return fields
 
     @model_validator(mode="after")
     def _check_together(self) -> ChatBody:

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from math import isnan
-from typing import Any, cast
+from typing import Any
 
-from mixlm.server import response_schemas as schemas
 from mixlm.server.api_errors import ApiError
 from mixlm.server.json_encoding import server_sent_event, to_json
 from mixlm.server.request_parsing import ParsedRequest
@@ -19,9 +18,8 @@ from mixlm.tokenization.call_parser import (
     CompletionPart,
     ContentPart,
     ToolCallParser,
-    split_calls,
 )
-from mixlm.types import Completion, Token
+from mixlm.types import Completion, Token, TopLogprob
 
 DONE = b"data: [DONE]\n\n"
 # JSON has no infinities; this stands for the log-probability of what cannot be sampled, as in OpenAI's API.
@@ -31,15 +29,15 @@ _OF_PROMPTS = ("prompt_tokens", "cached_tokens")
 
 
 class CompletionsFormat:
-    """Builds the response to one request. request_id: becomes part of the completion's id."""
+    """Builds the response to one request; events are bytes, as they are sent. request_id: becomes part of all ids."""
 
     def __init__(self, request: ParsedRequest, request_id: str) -> None:
         self._request = request
+        self._request_id = request_id
         self._is_chat = request.kind == "chat"
-        self._call_ids = CallIds(request_id)
-        self._parsers = [ToolCallParser(request.tool_names) for _ in request.tasks]
+        self._parsers = [ToolCallParser(request.tool_names) for _ in range(request.num_completions)]
         # Characters of each completion before its next token.
-        self._text_offsets = [len(self._echo(i)) for i in range(len(request.tasks))]
+        self._text_offsets = [len(self._echo(i)) for i in range(request.num_completions)]
         self.response_id = ("chatcmpl-" if self._is_chat else "cmpl-") + request_id
         self._head = {
             "id": self.response_id,
@@ -55,41 +53,43 @@ class CompletionsFormat:
         # The log-probabilities of all choices together would be millions of objects, which garbage collection visits
         # again and again, while no other thread runs.
         choices = b",".join(to_json(self._choice(i, completion)) for i, completion in enumerate(completions))
-        usage = to_json(self.usage(completions))
+        usage = to_json(summed_usage(completions, self._request.n))
         return b'%b,"choices":[%b],"usage":%b}' % (to_json(self._head)[:-1], choices, usage)
 
     def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
         return {
             "index": index,
             **self._content(index, completion),
-            "finish_reason": _finish_reason(completion),
+            "finish_reason": finish_reason(completion),
             "logprobs": self._logprobs(index, self._scored_tokens(index, completion)),
             "mixlm": choice_extras(completion),
         }
 
     def first_chunks(self) -> list[bytes]:
         """Return the events before any token: the role of each message, or the prompts to echo."""
-        indices = range(len(self._request.tasks))
+        indices = range(self._request.num_completions)
         if self._is_chat:
             return [self._chunk(i, {"role": "assistant", "content": ""}, {"members": []}) for i in indices]
         return [self._chunk(i, self._echo(i), {"members": []}) for i in indices if self._echo(i)]
 
-    def token_chunks(self, index: int, token: Token, forwards: Mapping[str, Sequence[int]]) -> list[bytes]:
-        """Return the event of one token. forwards: each member's passes since the previous event, tokens of each."""
+    def token_chunks(self, index: int, token: Token, forwards: Mapping[str, int]) -> list[bytes]:
+        """Return the events of one token. forwards: each member's passes since the previous event."""
         content = self._delta(index, self._parsers[index].push(token.text)) if self._is_chat else token.text
-        extras = {"members": [token.member], "forwards": _counts(forwards)}
+        extras = {"members": [token.member], "forwards": forwards}
         return [self._chunk(index, content, extras, logprobs=self._logprobs(index, [token]))]
 
-    def final_chunks(self, index: int, completion: Completion, forwards: Mapping[str, Sequence[int]]) -> list[bytes]:
-        """Return the event at the end of one completion."""
-        extras = {"members": [], "forwards": _counts(forwards), "seed": completion.seed}
+    def final_chunks(self, index: int, completion: Completion, forwards: Mapping[str, int]) -> list[bytes]:
+        """Return the events at the end of one completion."""
+        extras = {"members": [], "forwards": forwards, "seed": completion.seed}
         content = self._delta(index, self._parsers[index].finish()) if self._is_chat else ""
-        return [self._chunk(index, content, extras, finish_reason=_finish_reason(completion))]
+        return [self._chunk(index, content, extras, end=finish_reason(completion))]
 
     def last_chunks(self, completions: Sequence[Completion]) -> list[bytes]:
         """Return the events at the end of a stream: the usage of the whole request, if it is wanted, and the mark."""
-        usage: dict[str, Any] = {**self._chunk_head, "choices": [], "usage": self.usage(completions)}
-        return [*([server_sent_event(usage)] if self._request.include_usage else []), DONE]
+        if not self._request.include_usage:
+            return [DONE]
+        usage = summed_usage(completions, self._request.n)
+        return [server_sent_event({**self._chunk_head, "choices": [], "usage": usage}), DONE]
 
     def error_chunks(self, error: ApiError) -> list[bytes]:
         """Return the events of an error in a stream that has begun."""
@@ -105,7 +105,7 @@ class CompletionsFormat:
                     delta["content"] = delta.get("content", "") + part.text
                 case CallBegin():
                     function = {"name": part.name, "arguments": ""}
-                    call_id = self._call_ids(index, part.index)
+                    call_id = self._call_id(index, part.index)
                     calls.append({"index": part.index, "id": call_id, "type": "function", "function": function})
                 case ArgumentsPart():
                     if calls and calls[-1]["index"] == part.index:
@@ -114,9 +114,9 @@ class CompletionsFormat:
                         calls.append({"index": part.index, "function": {"arguments": part.text}})
         return {**delta, "tool_calls": calls} if calls else delta
 
-    def usage(self, completions: Sequence[Completion]) -> schemas.UsageSchema:
-        """Return the usage of the request, in the form of this API."""
-        return summed_usage(completions, self._request.n)
+    def _call_id(self, index: int, number: int) -> str:
+        """Return the id of a completion's call."""
+        return "call_" + sha256(f"{self._request_id} {index} {number}".encode()).hexdigest()[:24]
 
     def _chunk(
         self,
@@ -125,12 +125,12 @@ class CompletionsFormat:
         extras: Mapping[str, Any],
         *,
         logprobs: Mapping[str, Any] | None = None,
-        finish_reason: str | None = None,
+        end: str | None = None,
     ) -> bytes:
         choice = {
             "index": index,
             "delta" if self._is_chat else "text": content,
-            "finish_reason": finish_reason,
+            "finish_reason": end,
             "logprobs": logprobs,
             "mixlm": extras,
         }
@@ -140,24 +140,13 @@ class CompletionsFormat:
         return server_sent_event(chunk)
 
     def _content(self, index: int, completion: Completion) -> dict[str, Any]:
-        if self._is_chat:
-            content, calls = split_calls(completion.text, self._request.tool_names)
-            message: dict[str, Any] = {
-                "role": "assistant",
-                "content": content if content or not calls else None,
-                "refusal": None,
-            }
-            if calls:
-                message["tool_calls"] = [
-                    {
-                        "id": self._call_ids(index, number),
-                        "type": "function",
-                        "function": {"name": call.name, "arguments": call.arguments},
-                    }
-                    for number, call in enumerate(calls)
-                ]
-            return {"message": message}
-        return {"text": self._echo(index) + completion.text}
+        if not self._is_chat:
+            return {"text": self._echo(index) + completion.text}
+        parser = self._parsers[index]
+        delta = self._delta(index, [*parser.push(completion.text), *parser.finish()])
+        calls = [{name: call[name] for name in ("id", "type", "function")} for call in delta.get("tool_calls", ())]
+        message = {"role": "assistant", "content": delta.get("content", None if calls else ""), "refusal": None}
+        return {"message": {**message, "tool_calls": calls} if calls else message}
 
     def _echo(self, index: int) -> str:
         """Return the prompt that is repeated in front of a completion."""
@@ -182,17 +171,17 @@ class CompletionsFormat:
         return {
             "tokens": [_symbol_text(token.data) for token in tokens],
             "token_logprobs": [None if isnan(token.logprob) else _finite(token.logprob) for token in tokens],
-            "top_logprobs": [_top_logprobs(token) for token in tokens] if self._request.top_logprobs else None,
+            "top_logprobs": [_top_logprobs(token) for token in tokens] if self._request.settings.top_logprobs else None,
             "text_offset": offsets,
         }
 
 
-def choice_extras(completion: Completion) -> schemas.ChoiceExtrasSchema:
+def choice_extras(completion: Completion) -> dict[str, Any]:
     """Return mixlm's part of a whole choice."""
     return {"members": [token.member for token in completion.tokens], "seed": completion.seed}
 
 
-def summed_usage(completions: Sequence[Completion], n: int) -> schemas.UsageSchema:
+def summed_usage(completions: Sequence[Completion], n: int) -> dict[str, Any]:
     """Return the summed usage of completions. A prompt with several, `n`, counts once."""
     members: dict[str, dict[str, float]] = {}
     prompt_tokens = cached_tokens = 0
@@ -214,7 +203,7 @@ def summed_usage(completions: Sequence[Completion], n: int) -> schemas.UsageSche
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "mixlm": {
-            "members": cast("dict[str, schemas.MemberUsageSchema]", members),
+            "members": members,
             "drafted": (drafted := sum(completion.usage.drafted for completion in completions)),
             "checked": drafted,
             "accepted": sum(completion.usage.accepted for completion in completions),
@@ -222,78 +211,18 @@ def summed_usage(completions: Sequence[Completion], n: int) -> schemas.UsageSche
     }
 
 
-def trace_attributes(
-    request: ParsedRequest,
-    response_id: str,
-    completions: Sequence[Completion],
-    work: Mapping[tuple[str, str], int],
-    cancelled: str | None,
-) -> dict[str, Any]:
-    """Return the attributes of a trace: settings and numbers, no prompts and no generated text.
-
-    Args:
-        request: The request.
-        response_id: Of the response.
-        completions: The finished completions.
-        work: By ("tokens" | "forwards" | "forward_tokens", member), of all generations.
-        cancelled: Why the job was cancelled, if it was.
-
-    Returns:
-        The attributes; arrays have one element for each of `mixlm.members`.
-    """
-    usage, members = summed_usage(completions, request.n), request.ensemble.names
-    work_by_member = {
-        quantity: [work.get((quantity, member), 0) for member in members]
-        for quantity in ("tokens", "forwards", "forward_tokens")
-    }
-    attributes = {
-        "gen_ai.operation.name": "chat" if request.kind == "chat" else "text_completion",
-        "gen_ai.request.model": request.model.name,
-        "gen_ai.response.id": response_id,
-        "gen_ai.response.finish_reasons": [_finish_reason(completion) for completion in completions],
-        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-        "gen_ai.usage.output_tokens": sum(work_by_member["tokens"]),
-        "mixlm.method": request.tasks[0].settings.method,
-        "mixlm.unit": request.ensemble.unit.name,
-        "mixlm.completions": len(request.tasks),
-        "mixlm.replies": len(request.tasks),
-        "mixlm.stream": request.stream,
-        "mixlm.members": list(members),
-        **{f"mixlm.member.{quantity}": counts for quantity, counts in work_by_member.items()},
-        "mixlm.draft_tokens.drafted": usage["mixlm"]["drafted"],
-        "mixlm.draft_tokens.accepted": usage["mixlm"]["accepted"],
-        "mixlm.guesses.checked": usage["mixlm"]["drafted"],
-        "mixlm.guesses.accepted": usage["mixlm"]["accepted"],
-    }
-    return attributes if cancelled is None else {**attributes, "mixlm.cancelled": cancelled, "mixlm.closed": cancelled}
-
-
-class CallIds:
-    """The ids of calls, from the id of the request, the number of the completion and that of the call."""
-
-    def __init__(self, request_id: str) -> None:
-        self._request_id = request_id
-
-    def __call__(self, index: int, number: int) -> str:
-        """Return the id of a call."""
-        return "call_" + sha256(f"{self._request_id} {index} {number}".encode()).hexdigest()[:24]
-
-
-def _finish_reason(completion: Completion) -> str:
+def finish_reason(completion: Completion) -> str:
+    """Return why a completion ended, as OpenAI's API names it."""
     return "tool_calls" if completion.tool_calls and completion.finish_reason == "stop" else completion.finish_reason
 
 
-def token_logprob(token: Token) -> schemas.TokenLogprob:
+def token_logprob(token: Token) -> dict[str, Any]:
     """Return the log-probabilities at a token's position, in the format of chat completions."""
-    return {
-        "token": _symbol_text(token.data),
-        "logprob": _finite(token.logprob),
-        "bytes": list(token.data),
-        "top_logprobs": [
-            {"token": _symbol_text(top.data), "logprob": _finite(top.logprob), "bytes": list(top.data)}
-            for top in token.top_logprobs
-        ],
-    }
+    return {**_entry(token), "top_logprobs": [_entry(top) for top in token.top_logprobs]}
+
+
+def _entry(symbol: Token | TopLogprob) -> dict[str, Any]:
+    return {"token": _symbol_text(symbol.data), "logprob": _finite(symbol.logprob), "bytes": list(symbol.data)}
 
 
 def _top_logprobs(token: Token) -> dict[str, float] | None:
@@ -318,7 +247,3 @@ def _symbol_text(data: bytes) -> str:
 
 def _finite(logprob: float) -> float:
     return max(logprob, _MIN_LOGPROB)
-
-
-def _counts(forwards: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    return {member: len(passes) for member, passes in forwards.items()}

@@ -22,12 +22,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     head_timeout = 10.0
     max_head_bytes = 1 << 16
     _timer: asyncio.TimerHandle | None = None
-    # Of the current head: the bytes of the fields that the parser returned, and of the data that is its alone.
-    _field_bytes = 0
-    _received_bytes = 0
-    _in_head = False
-    _in_message = False
-    _num_heads = 0
+    # Of the current head: of the fields that the parser returned, and of all data. It holds back incomplete fields.
+    _field_bytes = _received_bytes = 0
+
+    @property
+    def _head_bytes(self) -> int:
+        in_head = self.scope is not None and "path" not in self.scope
+        return max(self._field_bytes, self._received_bytes if in_head else 0)
 
     def connection_made(self, transport: Any) -> None:
         """Start the timer for the first request."""
@@ -36,14 +37,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Process data; the timer runs while no complete head has arrived."""
-        # The parser holds back an incomplete field, so its fields alone do not bound a head.
-        continues, begins, num_heads = self._in_head, not self._in_message, self._num_heads
+        is_idle, scope = self.cycle is None or self.cycle.response_complete, self.scope
         super().data_received(data)
-        if continues and self._num_heads == num_heads:
+        if is_idle or self.scope is scope:  # else the end of another request is in it
             self._received_bytes += len(data)
-        else:
-            self._received_bytes = len(data) if begins and self._num_heads == num_heads + 1 else 0
-        if self._in_head and self._received_bytes > self.max_head_bytes:
+        if self._head_bytes > self.max_head_bytes and not self.transport.is_closing():
             self.send_400_response("")
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_timer()
@@ -57,8 +55,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Start a head."""
-        self._field_bytes, self._in_head, self._in_message = 0, True, True
-        self._num_heads += 1
+        self._field_bytes = self._received_bytes = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -71,22 +68,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._count(len(name) + len(value))
         super().on_header(name, value)
 
-    def on_headers_complete(self) -> None:
-        """End a head, and start the request."""
-        self._in_head = False
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        """End a request."""
-        self._in_message = False
-        super().on_message_complete()
-
     def send_400_response(self, msg: str) -> None:
         """Refuse a request that cannot be parsed, with 431 if its head is too large, and close the connection."""
-        too_large = self._field_bytes > self.max_head_bytes or (
-            self._in_head and self._received_bytes > self.max_head_bytes
-        )
-        if not too_large:
+        if self._head_bytes <= self.max_head_bytes:
             super().send_400_response(msg)
             return
         if self.cycle is None or self.cycle.response_complete:

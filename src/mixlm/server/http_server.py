@@ -87,37 +87,32 @@ def serve(app: ServerApp, listener: socket.socket, *, on_ready: Callable[[str], 
         on_ready: Called with the URL once requests are accepted.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    uvicorn_server(app, listener, on_ready=on_ready).run(sockets=[listener])
+    GracefulServer(app, listener, on_ready=on_ready).run(sockets=[listener])
     if app.has_busy_threads:
         # The interpreter would end these threads in the midst of foreign code, which may abort the process.
         os._exit(0)
 
 
-def uvicorn_server(app: ServerApp, listener: socket.socket, *, on_ready: Callable[[str], None]) -> uvicorn.Server:
-    """Return the uvicorn server that `serve` runs."""
-    host, port = listener.getsockname()[:2]
-    config = uvicorn.Config(
-        app.asgi,
-        http=LimitedHttpProtocol,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=ceil(app.limits.grace_period) + 2,
-        lifespan="on",
-        ws="none",
-    )
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    return GracefulServer(config, app, lambda: on_ready(url))
-
-
 class GracefulServer(uvicorn.Server):
-    """A uvicorn server that lets generations finish before it stops."""
+    """A uvicorn server that lets generations finish before it stops. The arguments are those of `serve`."""
 
-    def __init__(self, config: uvicorn.Config, app: ServerApp, on_ready: Callable[[], None]) -> None:
+    def __init__(self, app: ServerApp, listener: socket.socket, *, on_ready: Callable[[str], None]) -> None:
+        config = uvicorn.Config(
+            app.asgi,
+            http=LimitedHttpProtocol,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=ceil(app.limits.grace_period) + 2,
+            lifespan="on",
+            ws="none",
+        )
         super().__init__(config)
         self._app = app
         self._on_ready = on_ready
+        host, port = listener.getsockname()[:2]
+        self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._loop: asyncio.AbstractEventLoop | None = None
         self._num_signals = 0
 
@@ -126,7 +121,7 @@ class GracefulServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            self._on_ready()
+            self._on_ready(self._url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse new requests, let generations finish, and cancel those that exceed the grace period."""

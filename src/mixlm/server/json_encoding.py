@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pydantic_core
@@ -16,7 +17,11 @@ def to_json(value: Any) -> bytes:
         return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
-def server_sent_event(value: Any, name: str = "") -> bytes:
-    """Return a value as a server-sent event. name: of the event, if it has one."""
-    head = b"event: " + name.encode() + b"\n" if name else b""
-    return head + b"data: " + to_json(value) + b"\n\n"
+def server_sent_event(value: Any) -> bytes:
+    """Return a value as a server-sent event."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+def named_events(values: Iterable[Mapping[str, Any]]) -> list[bytes]:
+    """Return values as server-sent events, each named by its type."""
+    return [b"event: " + value["type"].encode() + b"\n" + server_sent_event(value) for value in values]

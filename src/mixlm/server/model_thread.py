@@ -1,4 +1,4 @@
-"""The thread that runs the models: it takes jobs, steps the scheduler, and returns tokens as events.
+"""The thread that runs the models: it takes jobs, steps the scheduler, and returns events, such as tokens.
 
 Jobs reach it through an inbox. Events leave it in one call to the event loop for each step. The methods for the event
 loop never wait for a model.
@@ -13,30 +13,89 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
 from mixlm.server.api_errors import ApiError
 from mixlm.server.fair_queue import FairQueue
-from mixlm.server.jobs import (
-    CancelReason,
-    GenerationStarted,
-    Job,
-    JobCancelled,
-    JobEvent,
-    JobFailed,
-    JobQueued,
-    TokensGenerated,
-)
 from mixlm.server.limits import ServerLimits
+from mixlm.types import Completion, Token
 
 _log = logging.getLogger("mixlm.server")
 # How long a stopping server waits for the current step, seconds.
 _STOP_SECONDS = 2.0
+CancelReason = Literal["gone", "timeout", "shutdown"]
+
+
+@dataclass(frozen=True, slots=True)
+class JobQueued:
+    """All prompts of the job are encoded and fit; its generations are queued. time: of `time.monotonic`."""
+
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStarted:
+    """A generation has left the queue. time: of `time.monotonic`."""
+
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokensGenerated:
+    """New tokens of one generation, and its completion once it is finished.
+
+    forwards: for each member that ran since the previous event, the number of tokens in each forward pass.
+    """
+
+    index: int
+    tokens: Sequence[Token]
+    forwards: Mapping[str, Sequence[int]]
+    completion: Completion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobFailed:
+    """A generation raised an error, which ends the whole job."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class JobCancelled:
+    """The job was cancelled."""
+
+    reason: CancelReason
+
+
+JobEvent = JobQueued | GenerationStarted | TokensGenerated | JobFailed | JobCancelled
+
+
+class Job:
+    """The generations of one request. It belongs to the event loop; the model thread reads only `client`.
+
+    Args:
+        client: Who sent the request; clients take turns.
+        num_generations: How many generations it consists of.
+
+    Attributes:
+        events: What happened to the job, in order.
+        unfinished: Number of generations that have not ended.
+        started: Whether the model thread has its generations.
+        cancelled: Whether the job was cancelled.
+    """
+
+    def __init__(self, client: str, num_generations: int) -> None:
+        self.client = client
+        self.events: asyncio.Queue[JobEvent] = asyncio.Queue()
+        self.unfinished = num_generations
+        self.started = False
+        self.cancelled = False
 
 
 @dataclass(slots=True, eq=False)
@@ -67,15 +126,14 @@ class ModelThread:
     def __init__(self, limits: ServerLimits) -> None:
         self.draining = False
         self._limits = limits
-        # Used by the event loop: jobs that have not ended, their generations by client, and when some ended lately.
+        # Used by the event loop: jobs that have not ended, and when generations ended lately.
         self._jobs: set[Job] = set()
-        self._unfinished: Counter[str] = Counter()
         self._end_times: deque[float] = deque(maxlen=32)
         # Used by both.
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the thread
         self._step_start: float | None = None
         # Used by the thread.
-        self._queue: FairQueue[tuple[Job, Generation]] = FairQueue()
+        self._queue: FairQueue[Generation] = FairQueue()
         self._active: dict[Generation, ActiveGeneration] = {}
         self._scheduler = Scheduler(limits.max_batch, limits.prefill_chunk)
         self._outbox: list[tuple[Job, JobEvent | None]] = []
@@ -92,9 +150,7 @@ class ModelThread:
     async def stop(self) -> None:
         """End the thread after its current step. A step that takes too long is abandoned."""
         self._inbox.put(None)
-        deadline = time.monotonic() + _STOP_SECONDS
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(self._thread.join, _STOP_SECONDS)
 
     @property
     def is_alive(self) -> bool:
@@ -110,7 +166,7 @@ class ModelThread:
     @property
     def num_unfinished(self) -> int:
         """Number of generations that run or wait."""
-        return self._unfinished.total()
+        return sum(job.unfinished for job in self._jobs)
 
     @property
     def num_running(self) -> int:
@@ -134,8 +190,9 @@ class ModelThread:
         if self.draining or not self.is_alive:
             raise ApiError(503, "the server is about to stop", code="stopping", headers={"retry-after": "5"})
         count, capacity = job.unfinished, self._limits.capacity
-        total, own = self.num_unfinished + count, self._unfinished[job.client] + count
-        share = capacity // len({*self._unfinished, job.client})
+        total = self.num_unfinished + count
+        own = count + sum(other.unfinished for other in self._jobs if other.client == job.client)
+        share = capacity // len({job.client, *(other.client for other in self._jobs)})
         if total > capacity and (own > share or total > 2 * capacity):
             seconds = str(self._estimate_wait(count))
             raise ApiError(
@@ -144,7 +201,6 @@ class ModelThread:
                 code="queue_full",
                 headers={"retry-after": seconds},
             )
-        self._unfinished[job.client] += count
         self._jobs.add(job)
 
     def start_job(self, job: Job, generations: Sequence[Generation]) -> None:
@@ -165,7 +221,7 @@ class ModelThread:
             job.cancelled = True
             job.events.put_nowait(JobCancelled(reason))
             if job.started:
-                self._inbox.put(partial(self._cancel, job))
+                self._inbox.put(partial(self._drop, job, None))
             else:
                 self._end(job, job.unfinished)
 
@@ -180,24 +236,20 @@ class ModelThread:
         return max(1, min(60, math.ceil(count * elapsed / max(len(self._end_times), 1))))
 
     def _deliver(self, events: list[tuple[Job, JobEvent | None]]) -> None:
-        """Pass events to their jobs. None means that one generation of a cancelled job has ended."""
+        """Pass events to their jobs. None means that the generations of a cancelled job have ended."""
         for job, event in events:
-            ended = 0
-            if event is None or (isinstance(event, TokensGenerated) and event.completion is not None):
-                ended = 1
-            elif isinstance(event, JobFailed):
-                ended = job.unfinished
-            if ended:
-                self._end_times.append(time.monotonic())
-                self._end(job, ended)
+            match event:
+                case None | JobFailed():
+                    self._end(job, job.unfinished)
+                case TokensGenerated(completion=Completion()):
+                    self._end(job, 1)
             if event is not None and not job.cancelled:
                 job.events.put_nowait(event)
 
     def _end(self, job: Job, count: int) -> None:
         """Free the places of generations that have ended."""
+        self._end_times.append(time.monotonic())
         job.unfinished -= count
-        self._unfinished[job.client] -= count
-        self._unfinished += Counter()  # drops clients without any
         if job.unfinished == 0:
             self._jobs.discard(job)
 
@@ -210,7 +262,7 @@ class ModelThread:
                 running = self._read_inbox()
                 self._share_slots()
                 while self._scheduler.free_slots > 0 and len(self._queue):
-                    self._run_generation(*self._queue.pop())
+                    self._run_generation(self._queue.pop())
                 if running and not self._scheduler.idle:
                     for generation in self._scheduler.step():
                         self._report(generation)
@@ -236,14 +288,14 @@ class ModelThread:
         self._outbox.append((job, JobQueued(time.monotonic())))
         for index, generation in enumerate(generations):
             self._active[generation] = ActiveGeneration(job, index, [0] * len(generation.sessions))
-            self._queue.push(job.client, (job, generation))
+            self._queue.push(job.client, generation)
 
-    def _run_generation(self, job: Job, generation: Generation) -> None:
+    def _run_generation(self, generation: Generation) -> None:
         """Give a generation a slot."""
         active = self._active[generation]
-        self._scheduler.add(generation, job.client)
+        self._scheduler.add(generation, active.job.client)
         if not active.begun:
-            self._outbox.append((job, GenerationStarted(time.monotonic())))
+            self._outbox.append((active.job, GenerationStarted(time.monotonic())))
         active.begun = active.running = True
         active.advanced = False
 
@@ -259,7 +311,7 @@ class ModelThread:
                 return
             slots[preempted] -= 1
             slots[client] += 1
-            self._run_generation(*self._queue.pop(client))
+            self._run_generation(self._queue.pop(client))
 
     def _preempt_latest(self, client: str) -> bool:
         """Put a client's generation that began last back into the queue, if no call runs for it.
@@ -274,26 +326,18 @@ class ModelThread:
         for generation, active in sorted(running, key=lambda item: not item[1].advanced):
             if self._scheduler.preempt(generation):
                 active.running = False
-                self._queue.push_first(client, (active.job, generation))
+                self._queue.push(client, generation, first=True)
                 return True
         return False
 
-    def _remove(self, job: Job) -> int:
-        """Drop the generations of a job; return how many there were."""
-        self._queue.remove(lambda item: item[0] is job)
+    def _drop(self, job: Job, event: JobEvent | None) -> None:
+        """Drop the generations of a job that is cancelled, or cannot be completed any more."""
         generations = [generation for generation, active in self._active.items() if active.job is job]
+        self._queue.remove(generations.__contains__)
         for generation in generations:
             del self._active[generation]
             self._scheduler.cancel(generation)
-        return len(generations)
-
-    def _cancel(self, job: Job) -> None:
-        self._outbox += [(job, None)] * self._remove(job)
-
-    def _fail(self, job: Job, error: BaseException) -> None:
-        """End a whole job: its response cannot be completed any more."""
-        self._remove(job)
-        self._outbox.append((job, JobFailed(error)))
+        self._outbox.append((job, event))
 
     def _report(self, generation: Generation) -> None:
         """Make an event of a generation's new tokens."""
@@ -303,7 +347,7 @@ class ModelThread:
         tokens = list(generation.ready)
         generation.ready.clear()
         if generation.error is not None:
-            self._fail(active.job, generation.error)
+            self._drop(active.job, JobFailed(generation.error))
             return
         completion = generation.completion if generation.finished else None
         if completion is not None:

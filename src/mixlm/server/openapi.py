@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import TypeAdapter
-from pydantic.json_schema import models_json_schema
 
-from mixlm.server import response_schemas
+from mixlm.server import response_schemas as responses
 from mixlm.server.chat_schemas import ChatBody
 from mixlm.server.limits import ServerLimits
 from mixlm.server.protocols.messages_body import MessagesBody
@@ -20,18 +19,11 @@ from mixlm.server.request_schemas import CompletionBody
 from mixlm.version import __version__
 
 _REFERENCE = "#/components/schemas/{model}"
-_RESPONSES = (
-    response_schemas.ChatCompletion,
-    response_schemas.TextCompletion,
-    response_schemas.ModelList,
-    response_schemas.Model,
-    response_schemas.Error,
-    response_schemas.ChatChunk,
-    response_schemas.Health,
-    response_schemas.Response,
-    response_schemas.Deleted,
-    response_schemas.MessageResponse,
-    response_schemas.MessagesError,
+_SCHEMAS: tuple[type, ...] = (
+    *(ChatBody, CompletionBody, ResponsesBody, MessagesBody),
+    *(responses.ChatCompletion, responses.ChatChunk, responses.TextCompletion),
+    *(responses.Response, responses.Deleted, responses.MessageResponse, responses.MessagesError),
+    *(responses.ModelList, responses.Model, responses.Health, responses.Error),
 )
 _COMMON_ERRORS = {"401": "The API key is missing or unknown.", "403": "The Host header is not this server's."}
 _STORED_ERRORS = {**_COMMON_ERRORS, "404": "There is no such response."}
@@ -51,13 +43,8 @@ _COMPLETION_ERRORS = {
 
 def openapi_document(limits: ServerLimits) -> dict[str, Any]:
     """Return the document as a JSON object."""
-    bodies = (ChatBody, CompletionBody, ResponsesBody, MessagesBody)
-    models = [(body, "validation") for body in bodies]
-    schemas: dict[str, Any] = models_json_schema(models, ref_template=_REFERENCE)[1]["$defs"]  # type: ignore[arg-type]
-    for response in _RESPONSES:
-        schema = TypeAdapter(response).json_schema(ref_template=_REFERENCE)
-        schemas |= schema.pop("$defs", {})
-        schemas[response.__name__] = schema
+    adapters: list[Any] = [(schema, "validation", TypeAdapter(schema)) for schema in _SCHEMAS]
+    schemas = TypeAdapter.json_schemas(adapters, ref_template=_REFERENCE)[1]["$defs"]
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     response_id = {**name, "name": "id"}
     paths = {

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mixlm.choices import Method
 from mixlm.core.options import GenerationOptions
-from mixlm.core.rule_options import rule_name
+from mixlm.decoding import check_unit_method
 from mixlm.ensemble import Ensemble
-from mixlm.errors import ConfigError, MixlmError
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import Prompt, unknown_template_variables
 from mixlm.server.api_errors import ApiError, to_api_error, unsupported_field
 from mixlm.server.chat_schemas import ChatBody
@@ -19,62 +18,59 @@ from mixlm.server.limits import ServerLimits
 from mixlm.server.model_registry import ModelRegistry, ServedModel
 from mixlm.server.request_schemas import EXTRA_OPTIONS, SHARED_OPTIONS, CommonFields, CompletionBody, Extras
 from mixlm.tokenization.tool_calls import tool_dict
-from mixlm.units import unit_traits
 
 # Fields that are options of `Ensemble.generate` under the same name.
 _OPTIONS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "max_tokens", "min_tokens", "stop")
 _EXTRA_OPTIONS = tuple(name for name in EXTRA_OPTIONS if name not in ("method", "logit_bias"))  # treated below
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationTask:
-    """One completion to generate."""
-
-    prompt: Prompt
-    settings: GenerationOptions
-
-
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A checked request.
+    """A checked request: `n` completions of each prompt.
 
     Attributes:
         kind: Of the endpoint: "chat" or "text".
         model: The served model.
         ensemble: Its ensemble, in the unit and with the weights of the request.
-        tasks: `n` for each prompt, in order.
-        n: Completions for each prompt.
+        prompts: What is completed.
+        settings: Of all completions.
+        n: Completions for each prompt; they are numbered prompt by prompt.
         stream: Whether the response is a stream of events.
         include_usage: Whether a stream ends with the usage.
         logprobs: Whether tokens are returned with their log-probabilities.
         echo: The prompts, if they are repeated in front of the completions.
-        schema_field: The field of the schema, if there is one.
     """
 
     kind: Literal["chat", "text"]
     model: ServedModel
     ensemble: Ensemble
-    tasks: Sequence[GenerationTask]
+    prompts: Sequence[Prompt]
+    settings: GenerationOptions
     n: int
     stream: bool
     include_usage: bool
     logprobs: bool
     echo: Sequence[str]
-    schema_field: str = "response_format"
+
+    @property
+    def num_completions(self) -> int:
+        """How many completions it asks for."""
+        return len(self.prompts) * self.n
 
     @property
     def tool_names(self) -> list[str]:
         """The functions that a completion may call."""
-        return [tool.name for tool in self.tasks[0].settings.callable_tools]
-
-    @property
-    def top_logprobs(self) -> int:
-        """How many of the most likely symbols are returned at each position."""
-        return self.tasks[0].settings.top_logprobs
+        return [tool.name for tool in self.settings.callable_tools]
 
 
-def parse_chat(body: ChatBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
-    """Parse a request to /v1/chat/completions. Raises ApiError or MixlmError."""
+def parse_request(body: ChatBody | CompletionBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
+    """Return the request of a body. Raises ApiError or MixlmError."""
+    if isinstance(body, ChatBody):
+        return _parse_chat(body, registry, limits)
+    return _parse_completion(body, registry, limits)
+
+
+def _parse_chat(body: ChatBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise ApiError(400, "max_tokens and max_completion_tokens differ", param="max_tokens", code="invalid_value")
     _check_count(body, 1, limits)
@@ -131,8 +127,7 @@ def _template_variables(body: ChatBody, ensemble: Ensemble) -> dict[str, Any]:
     return variables
 
 
-def parse_completion(body: CompletionBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
-    """Parse a request to /v1/completions. Raises ApiError or MixlmError."""
+def _parse_completion(body: CompletionBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     _check_count(body, len(prompts), limits)
     for prompt in prompts:
@@ -166,30 +161,19 @@ def _parse(
             ensemble = ensemble.with_weights(extras.weights)
         except ConfigError as error:
             raise ApiError(400, to_api_error(error).message, param="mixlm.weights", code="invalid_value") from None
-    schema_field = "response_format" if body.guided_json is None else "guided_json"
-    try:
-        settings = ensemble.settings(**_options(body, extras, ensemble, options))
-    except MixlmError as error:
-        raise to_api_error(error).renamed({"response_format": schema_field}) from error
-    _check_rule(extras, settings, ensemble.unit.name)
-    _check_method(body, extras, settings.method, ensemble.unit.name)
-    n = body.n or 1
-    tasks = [
-        GenerationTask(prompt, settings.with_sequence_offset(i * n + j))
-        for i, prompt in enumerate(prompts)
-        for j in range(n)
-    ]
+    settings = ensemble.settings(**_options(body, extras, ensemble, options))
+    _check_unit(body, extras, settings, ensemble.unit.name)
     return ParsedRequest(
         kind="chat" if isinstance(body, ChatBody) else "text",
         model=model,
         ensemble=ensemble,
-        tasks=tasks,
-        n=n,
+        prompts=prompts,
+        settings=settings,
+        n=body.n or 1,
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         logprobs=logprobs,
         echo=echo,
-        schema_field=schema_field,
     )
 
 
@@ -224,27 +208,20 @@ def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: Ma
     return options
 
 
-def _check_rule(extras: Extras, settings: GenerationOptions, unit: str) -> None:
-    """Raise ApiError for a rule in a unit without distributions over whole tokens."""
-    if settings.rule is None or settings.method == "single" or unit_traits(unit).full_distributions:
-        return
-    name = rule_name(settings.rule)
-    raise unsupported_field(
-        "mixlm.rule" if extras.unit is None else "mixlm.unit",
-        f"rule {name} combines distributions over whole tokens, and in the unit {unit} there are none; use the unit "
-        "piece, or the rule average",
-    )
-
-
-def _check_method(body: CommonFields, extras: Extras, method: Method, unit: str) -> None:
-    """Raise ApiError for a method that the unit does not support, with the field that selected one of the two."""
-    supported = unit_traits(unit).methods
-    if method in supported:
-        return
-    by_temperature = extras.method is None and body.temperature == 0
-    param = "temperature" if by_temperature else "mixlm.unit" if extras.method is None else "mixlm.method"
-    subject = "temperature 0 selects the method greedy, which" if by_temperature else f"the method {method}"
-    raise unsupported_field(param, f"{subject} does not go with the unit {unit}; {', '.join(supported)} do")
+def _check_unit(body: CommonFields, extras: Extras, settings: GenerationOptions, unit: str) -> None:
+    """Raise ApiError for a rule or a method that the unit does not support, with the field that selected it."""
+    try:
+        check_unit_method(settings.method, unit, settings.rule)
+    except UnsupportedError as error:
+        refusal = to_api_error(error)
+        if refusal.param == "mixlm.rule":
+            refusal.param = "mixlm.rule" if extras.unit is None else "mixlm.unit"
+        elif extras.method is None and body.temperature == 0:
+            message = f"temperature 0 selects the method greedy, and {refusal.message}"
+            refusal = ApiError(400, message, param="temperature", code=refusal.code)
+        else:
+            refusal.param = "mixlm.unit" if extras.method is None else "mixlm.method"
+        raise refusal from None
 
 
 def _check_count(body: CommonFields, num_prompts: int, limits: ServerLimits) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixlm.server.jobs import CancelReason
+from mixlm.server.model_thread import CancelReason
 
 
 @dataclass(slots=True, kw_only=True)
@@ -19,6 +20,7 @@ class RequestRecord:
         request_id: The client's `X-Request-Id`, or a random one.
         client: Name of the API key, or the client's address.
         path: A path of the API, or "other".
+        field_names: What the client calls fields of a chat completion.
         arrived: When the head of the request was read.
         prepared: When its prompts were encoded.
         started: When its first generation left the queue.
@@ -36,6 +38,7 @@ class RequestRecord:
     client: str
     method: str
     path: str
+    field_names: Mapping[str, str] = field(default_factory=dict)
     arrived: float = field(default_factory=time.monotonic)
     prepared: float | None = None
     started: float | None = None
@@ -49,18 +52,6 @@ class RequestRecord:
     trace_id: str | None = None
     trace_attributes: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def queue_seconds(self) -> float | None:
-        """How long the first generation waited in the queue."""
-        if self.started is None:
-            return None
-        return self.started - (self.started if self.prepared is None else self.prepared)
-
-    @property
-    def first_token_seconds(self) -> float | None:
-        """Time to first token, from the arrival of the request."""
-        return None if self.first_token is None else self.first_token - self.arrived
-
     def log_fields(self, status: int) -> dict[str, Any]:
         """Return the fields of the log line; the request is over. status: of the HTTP response."""
         fields = {
@@ -73,8 +64,8 @@ class RequestRecord:
             "model": self.model,
             "completions": self.completions,
             "replies": self.completions,
-            "queued": self.queue_seconds,
-            "first": self.first_token_seconds,
+            "queued": _seconds(self.prepared, self.started),
+            "first": _seconds(self.arrived, self.first_token),
             "tokens": self.tokens,
             "finished": self.finished,
             "cancelled": self.cancelled,
@@ -87,3 +78,7 @@ class RequestRecord:
             for name, value in fields.items()
             if value is not None
         }
+
+
+def _seconds(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start

@@ -40,9 +40,10 @@ def _refuse_many(fields: Any) -> Any:
     return fields
 
 
+Neutral = Mapping[str, tuple[tuple[Any, ...], str]]
 _ONE_TEXT = "an ensemble generates text, and nothing else"
 # Fields of the API that have no meaning here: the values that request nothing, and why others are refused.
-NEUTRAL_FIELDS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+NEUTRAL_FIELDS: Neutral = {
     "audio": ((), _ONE_TEXT),
     "best_of": ((1,), "completions are not ranked; request n and choose"),
     "modalities": ((["text"],), _ONE_TEXT),
@@ -53,7 +54,7 @@ NEUTRAL_FIELDS: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 # Fields of conversations, in a request without one.
 _NO_CHAT = "a raw text has no chat template; use /v1/chat/completions"
-_NEUTRAL_WITHOUT_CHAT: Mapping[str, tuple[tuple[Any, ...], str]] = {
+_NEUTRAL_WITHOUT_CHAT: Neutral = {
     "tools": (([],), _NO_CHAT),
     "tool_choice": (("none", "auto"), _NO_CHAT),
     "parallel_tool_calls": ((True, False), _NO_CHAT),
@@ -78,14 +79,12 @@ IGNORED_FIELDS = (
 
 Body = TypeVar("Body", bound="StrictBody")
 Short = Annotated[str, StringConstraints(max_length=512)]
+Word = Annotated[str, StringConstraints(max_length=64)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 FewFields = BeforeValidator(_refuse_many)
 _BiasKey = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 Biases = Annotated[dict[_BiasKey, Bias], Field(max_length=1024), FewFields]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
-
-
-Neutral = Mapping[str, tuple[tuple[Any, ...], str]]
 
 
 class StrictBody(BaseModel):
@@ -348,17 +347,9 @@ class CompletionBody(CommonFields):
         return self
 
 
-def parse_body(schema: type[Body], data: bytes) -> Body:
-    """Validate a JSON body. Raises ApiError, which names the field at fault."""
+def parse_body(schema: type[Body], data: bytes | Mapping[str, Any]) -> Body:
+    """Validate a body, as JSON or as its fields. Raises ApiError, which names the field at fault."""
     try:
-        return schema.model_validate_json(data)
-    except ValidationError as error:
-        raise validation_error(error, schema, (*schema.neutral, *schema.ignored)) from None
-
-
-def parse_fields(schema: type[Body], fields: Mapping[str, Any]) -> Body:
-    """Validate the fields of a body. Raises ApiError, which names the field at fault."""
-    try:
-        return schema.model_validate(fields)
+        return schema.model_validate_json(data) if isinstance(data, bytes) else schema.model_validate(data)
     except ValidationError as error:
         raise validation_error(error, schema, (*schema.neutral, *schema.ignored)) from None

@@ -1,4 +1,4 @@
-"""The JSON bodies of responses, as types: type checkers use them, and the OpenAPI document is generated from them.
+"""The JSON bodies of responses, as types from which the OpenAPI document is generated.
 
 They are TypedDicts, and not pydantic models, for speed: every token of a stream is a body. Building and serialising a
 chunk takes 2 µs as a dict by pydantic_core, 13 µs as a dict by `json`, and 21 µs as a pydantic model (CPython 3.11, one
@@ -10,6 +10,9 @@ from __future__ import annotations
 from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
+
+from mixlm.server.chat_schemas import CallPart
+from mixlm.types import MemberUsage
 
 OpenAIFinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -29,48 +32,29 @@ class Error(TypedDict):
     error: ErrorDetail
 
 
-class MemberUsageSchema(TypedDict):
-    """The work of one member: its prompt's tokens, tokens sampled, forward passes, the tokens and seconds in them.
-
-    dropped: symbols generated without this member, because it was unavailable. cached_tokens: of its prompt, that
-    other sequences had run and that did not run again.
-    """
-
-    prompt_tokens: int
-    tokens: int
-    forwards: int
-    forward_tokens: int
-    forward_seconds: float
-    dropped: int
-    cached_tokens: int
-
-
-class PromptTokensSchema(TypedDict):
-    """Tokens of prompts. cached_tokens: that were found in a prefix cache."""
-
-    cached_tokens: int
-
-
-class EnsembleUsageSchema(TypedDict):
+class EnsembleUsage(TypedDict):
     """The work of a request. members: by name. drafted and accepted: numbers of draft tokens; checked: as drafted."""
 
-    members: dict[str, MemberUsageSchema]
+    members: dict[str, MemberUsage]
     drafted: int
     checked: int
     accepted: int
 
 
-class UsageSchema(TypedDict):
-    """Numbers of tokens. Those of a prompt are counted by the member that has the most."""
+class Usage(TypedDict):
+    """Numbers of tokens. Those of a prompt are counted by the member that has the most.
+
+    prompt_tokens_details: cached_tokens, of prompts, that were found in a prefix cache.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensSchema
-    mixlm: EnsembleUsageSchema
+    prompt_tokens_details: dict[str, int]
+    mixlm: EnsembleUsage
 
 
-class ChoiceExtrasSchema(TypedDict):
+class ChoiceExtras(TypedDict):
     """mixlm's part of a choice.
 
     members: which member sampled each token. forwards: in a stream, each member's forward passes since the previous
@@ -82,7 +66,7 @@ class ChoiceExtrasSchema(TypedDict):
     seed: NotRequired[int]
 
 
-class TopLogprobSchema(TypedDict):
+class TopLogprob(TypedDict):
     """One of the most likely tokens at a position. End-of-text has no bytes."""
 
     token: str
@@ -90,10 +74,10 @@ class TopLogprobSchema(TypedDict):
     bytes: list[int] | None
 
 
-class TokenLogprob(TopLogprobSchema):
+class TokenLogprob(TopLogprob):
     """A sampled token, with its natural log-probability under the distribution it was sampled from."""
 
-    top_logprobs: list[TopLogprobSchema]
+    top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(TypedDict):
@@ -116,28 +100,13 @@ class TextLogprobs(TypedDict):
     text_offset: list[int]
 
 
-class CalledFunctionSchema(TypedDict):
-    """A call: a function's name, and its arguments as JSON. name: in a stream, in the first part of the call."""
-
-    name: NotRequired[str]
-    arguments: str
-
-
-class ToolCallSchema(TypedDict):
-    """A call of a function."""
-
-    id: str
-    type: Literal["function"]
-    function: CalledFunctionSchema
-
-
 class ToolCallDelta(TypedDict):
-    """What a chunk adds to a call. index: of the call in its message."""
+    """What a chunk adds to a call. index: of the call. function: its arguments; its name in the first."""
 
     index: int
     id: NotRequired[str]
     type: NotRequired[Literal["function"]]
-    function: CalledFunctionSchema
+    function: dict[str, str]
 
 
 class AssistantMessage(TypedDict):
@@ -146,12 +115,12 @@ class AssistantMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: NotRequired[list[ToolCallSchema]]
+    tool_calls: NotRequired[list[CallPart]]
 
 
 class _Choice(TypedDict):
     index: int
-    mixlm: ChoiceExtrasSchema
+    mixlm: ChoiceExtras
 
 
 class ChatChoice(_Choice):
@@ -198,7 +167,7 @@ class ChatCompletion(_Completion):
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
-    usage: UsageSchema
+    usage: Usage
 
 
 class ChatChunk(_Completion):
@@ -206,7 +175,7 @@ class ChatChunk(_Completion):
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
-    usage: NotRequired[UsageSchema | None]
+    usage: NotRequired[Usage | None]
 
 
 class TextCompletion(_Completion):
@@ -214,7 +183,7 @@ class TextCompletion(_Completion):
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
-    usage: NotRequired[UsageSchema | None]
+    usage: NotRequired[Usage | None]
 
 
 class ModelMember(TypedDict):
@@ -310,16 +279,8 @@ class MessageResponse(TypedDict):
     usage: dict[str, Any]
 
 
-class MessagesErrorDetail(TypedDict):
-    """The details of an error of /v1/messages."""
-
-    type: str
-    message: str
-    param: str | None
-
-
 class MessagesError(TypedDict):
-    """The body of an error response of /v1/messages."""
+    """The body of an error response of /v1/messages. error: its type, message and param."""
 
     type: Literal["error"]
-    error: MessagesErrorDetail
+    error: dict[str, str | None]

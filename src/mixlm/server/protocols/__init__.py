@@ -1,6 +1,6 @@
 """Further APIs in front of the same chat completions: OpenAI's Responses, and Anthropic's Messages.
 
-Each is a body that becomes that of a chat completion, and a `ResponseFormat`.
+Each is a body that becomes that of a chat completion, and a format of responses.
 """
 
 MESSAGES_PATH = "/v1/messages"

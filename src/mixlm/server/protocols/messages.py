@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mixlm.server.api_errors import ApiError
-from mixlm.server.completions_format import CallIds, choice_extras, summed_usage
-from mixlm.server.json_encoding import server_sent_event, to_json
-from mixlm.server.protocols import FIELD_NAMES, MESSAGES_PATH
+from mixlm.server.completions_format import CompletionsFormat, choice_extras, summed_usage
+from mixlm.server.json_encoding import named_events, to_json
 from mixlm.server.protocols.messages_body import MessagesBody
 from mixlm.server.request_parsing import ParsedRequest
-from mixlm.tokenization.call_parser import (
-    ArgumentsPart,
-    CallBegin,
-    CompletionPart,
-    ContentPart,
-    ToolCallParser,
-    split_calls,
-)
+from mixlm.tokenization.call_parser import ArgumentsPart, CallBegin, CompletionPart, ContentPart, split_calls
 from mixlm.tokenization.tool_calls import arguments_object
 from mixlm.types import Completion, Token
 
+Events = Iterator[dict[str, Any]]
 _ERROR_TYPES = {413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 
 
-class MessagesFormat:
-    """Builds the response to one request.
+class MessagesFormat(CompletionsFormat):
+    """Builds the response to one request, which has one completion.
 
     Args:
         body: The request.
@@ -35,10 +28,8 @@ class MessagesFormat:
     """
 
     def __init__(self, body: MessagesBody, request: ParsedRequest, request_id: str) -> None:
+        super().__init__(request, request_id)
         self._body = body
-        self._request = request
-        self._call_ids = CallIds(request_id)
-        self._parser = ToolCallParser(request.tool_names)
         self._block: str | None = None  # the type of the block that is open
         self._blocks = 0
         self.response_id = f"msg_{request_id}"
@@ -64,61 +55,53 @@ class MessagesFormat:
         """Return the event before any token. The prompt is counted at the end."""
         usage = {"input_tokens": 0, "output_tokens": 0}
         message = {**self._message([]), "stop_reason": None, "stop_sequence": None, "usage": usage}
-        return [_event("message_start", message=message)]
+        return named_events([_event("message_start", message=message)])
 
-    def token_chunks(self, index: int, token: Token, forwards: Mapping[str, Sequence[int]]) -> list[bytes]:
+    def token_chunks(self, index: int, token: Token, forwards: Mapping[str, int]) -> list[bytes]:
         """Return the events of one token."""
-        del index, forwards
-        return self._part_chunks(self._parser.push(token.text))
+        return named_events(self._part_events(self._parsers[index].push(token.text)))
 
-    def final_chunks(self, index: int, completion: Completion, forwards: Mapping[str, Sequence[int]]) -> list[bytes]:
+    def final_chunks(self, index: int, completion: Completion, forwards: Mapping[str, int]) -> list[bytes]:
         """Return the events at the end of the completion."""
-        del index, forwards
-        chunks = self._part_chunks(self._parser.finish())
-        chunks += self._end_block()
-        delta = self._stop(completion)
-        return [*chunks, _event("message_delta", delta=delta, usage=_usage(completion))]
+        ended = _event("message_delta", delta=self._stop(completion), usage=_usage(completion))
+        return named_events([*self._part_events(self._parsers[index].finish()), *self._end_block(), ended])
 
     def last_chunks(self, completions: Sequence[Completion]) -> list[bytes]:
         """Return the event at the end of the stream."""
-        del completions
-        return [_event("message_stop")]
+        return named_events([_event("message_stop")])
 
     def error_chunks(self, error: ApiError) -> list[bytes]:
         """Return the event of an error in a stream that has begun."""
-        return [server_sent_event(anthropic_error(error.renamed(FIELD_NAMES[MESSAGES_PATH])), "error")]
+        return named_events([anthropic_error(error)])
 
-    def _part_chunks(self, parts: Sequence[CompletionPart]) -> list[bytes]:
-        chunks: list[bytes] = []
+    def _part_events(self, parts: Sequence[CompletionPart]) -> Events:
         for part in parts:
             match part:
                 case ContentPart():
                     if self._block != "text":
-                        chunks += self._begin_block({"type": "text", "text": ""})
-                    chunks.append(self._delta(type="text_delta", text=part.text))
+                        yield from self._begin_block({"type": "text", "text": ""})
+                    yield self._text_event(type="text_delta", text=part.text)
                 case CallBegin():
-                    chunks += self._begin_block(self._tool_use(part.index, part.name, {}))
+                    yield from self._begin_block(self._tool_use(part.index, part.name, {}))
                 case ArgumentsPart():
-                    chunks.append(self._delta(type="input_json_delta", partial_json=part.text))
-        return chunks
+                    yield self._text_event(type="input_json_delta", partial_json=part.text)
 
-    def _begin_block(self, block: dict[str, Any]) -> list[bytes]:
-        chunks = self._end_block()
+    def _begin_block(self, block: dict[str, Any]) -> Events:
+        yield from self._end_block()
         self._block = block["type"]
         self._blocks += 1
-        return [*chunks, _event("content_block_start", index=self._blocks - 1, content_block=block)]
+        yield _event("content_block_start", index=self._blocks - 1, content_block=block)
 
-    def _end_block(self) -> list[bytes]:
-        if self._block is None:
-            return []
-        self._block = None
-        return [_event("content_block_stop", index=self._blocks - 1)]
+    def _end_block(self) -> Events:
+        if self._block is not None:
+            self._block = None
+            yield _event("content_block_stop", index=self._blocks - 1)
 
-    def _delta(self, **delta: str) -> bytes:
+    def _text_event(self, **delta: str) -> dict[str, Any]:
         return _event("content_block_delta", index=self._blocks - 1, delta=delta)
 
     def _tool_use(self, number: int, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        call_id = self._call_ids(0, number).replace("call_", "toolu_", 1)
+        call_id = self._call_id(0, number).replace("call_", "toolu_", 1)
         return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
@@ -145,8 +128,8 @@ def anthropic_error(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": error.message, "param": error.param}}
 
 
-def _event(kind: str, **fields: Any) -> bytes:
-    return server_sent_event({"type": kind, **fields}, kind)
+def _event(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"type": kind, **fields}
 
 
 def _usage(completion: Completion) -> dict[str, Any]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
 from mixlm.server.chat_schemas import MAX_TOOLS, ToolName, joined_text
 from mixlm.server.protocols.responses_body import call_dict
 from mixlm.server.request_schemas import Extras, Short, StrictBody, with_content
-
-_LongId = Annotated[str, StringConstraints(max_length=512)]
 
 
 class _ContentBlock(StrictBody):
@@ -31,7 +29,7 @@ class ToolUseBlock(_ContentBlock):
     """A call of a function."""
 
     type: Literal["tool_use"]
-    id: _LongId
+    id: Short
     name: ToolName
     input: dict[str, Any]
 
@@ -42,7 +40,7 @@ class ToolResultBlock(_ContentBlock):
     ignored = (*_ContentBlock.ignored, "is_error")
 
     type: Literal["tool_result"]
-    tool_use_id: _LongId
+    tool_use_id: Short
     content: str | Annotated[list[TextBlock], Field(max_length=1000, fail_fast=True)] = ""
 
 
@@ -150,15 +148,11 @@ class MessagesBody(StrictBody):
         if self.messages[-1].role == "assistant" and self.messages[-1].is_text:
             fields["continue_final_message"] = True
         if self.tools:
-            fields["tools"] = [
-                {
-                    "type": "function",
-                    "function": {
-                        "name": tool.name, "description": tool.description, "parameters": tool.input_schema,
-                    },
-                }
+            functions = [
+                {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
                 for tool in self.tools
-            ]  # fmt: skip
+            ]
+            fields["tools"] = [{"type": "function", "function": function} for function in functions]
         if (choice := self.tool_choice) is not None:
             words = {"auto": "auto", "any": "required", "none": "none"}
             fields["tool_choice"] = words.get(choice.type) or {"type": "function", "function": {"name": choice.name}}

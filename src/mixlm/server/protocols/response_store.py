@@ -42,9 +42,6 @@ class ResponseStore:
         self._by_id: OrderedDict[str, StoredResponse] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._by_id)
-
     def add(self, client: str, response: Mapping[str, Any], messages: list[dict[str, Any]]) -> None:
         """Store a response, whose id is its own."""
         stored = StoredResponse(client, response, messages, len(to_json(response)) + len(to_json(messages)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from mixlm.generation.prompt import IGNORED_MESSAGE_FIELDS
 from mixlm.server.api_errors import unsupported_field
@@ -20,12 +20,12 @@ from mixlm.server.request_schemas import (
     Short,
     StreamOptions,
     StrictBody,
+    Word,
     with_content,
 )
 
 _ONE_TEXT = "an ensemble generates text and calls of functions, and nothing else"
 _LOGPROBS = "message.output_text.logprobs"
-_LongId = Annotated[str, StringConstraints(max_length=512)]
 
 
 class _Item(StrictBody):
@@ -59,7 +59,7 @@ class CallItem(_Item):
     """A call of a function."""
 
     type: Literal["function_call"]
-    call_id: _LongId
+    call_id: Short
     name: ToolName
     arguments: str
 
@@ -68,7 +68,7 @@ class CallOutputItem(_Item):
     """The result of a call."""
 
     type: Literal["function_call_output"]
-    call_id: _LongId
+    call_id: Short
     output: str | Annotated[list[InputPart], Field(max_length=1000, fail_fast=True)]
 
 
@@ -80,26 +80,22 @@ class ReasoningItem(_Item):
     type: Literal["reasoning"]
 
 
-_ITEMS = {
-    "message": "MessageItem",
-    "function_call": "CallItem",
-    "function_call_output": "CallOutputItem",
-    "reasoning": "ReasoningItem",
-}
-
-
-def _branch(item: Any) -> str | None:
-    """Return the tag of an item's branch; None if there is no such type."""
+def _item_type(item: Any) -> str | None:
+    """Return the type of an item; one without is a message."""
     kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
-    return _ITEMS.get(kind or "message") if isinstance(kind, str | None) else None
+    return kind or "message" if isinstance(kind, str | None) else None
 
 
 InputItem = Annotated[
-    Annotated[MessageItem, Tag("MessageItem")]
-    | Annotated[CallItem, Tag("CallItem")]
-    | Annotated[CallOutputItem, Tag("CallOutputItem")]
-    | Annotated[ReasoningItem, Tag("ReasoningItem")],
-    Discriminator(_branch, custom_error_type="item", custom_error_message=f"type must be one of {', '.join(_ITEMS)}"),
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[CallOutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(
+        _item_type,
+        custom_error_type="item",
+        custom_error_message="type must be one of message, function_call, function_call_output, reasoning",
+    ),
 ]
 
 
@@ -136,7 +132,7 @@ class TextSettings(StrictBody):
     """What the text is."""
 
     format: Annotated[PlainText | JsonObject | SchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: Annotated[str, StringConstraints(max_length=64)] | None = None
+    verbosity: Word | None = None
 
 
 class ReasoningSettings(StrictBody):
@@ -144,7 +140,7 @@ class ReasoningSettings(StrictBody):
 
     ignored = ("summary", "generate_summary")
 
-    effort: Annotated[str, StringConstraints(max_length=64)] | None = None
+    effort: Word | None = None
 
 
 class ResponsesBody(StrictBody):

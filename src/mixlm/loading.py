@@ -24,7 +24,7 @@ from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from mixlm.core.rule_options import AVERAGE_METHODS, RULE_PARAMETERS, AnyRule, is_average, rule_name
 from mixlm.engines import Engine, EngineSpec, check_engine, runs_as_gguf
 from mixlm.engines import load as load_engine
-from mixlm.engines.registry import LOADING_OPTIONS
+from mixlm.engines.base import LOADING_OPTIONS
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.routing.base import FixedRouter, Router, RouterFunction, as_router, observed_by
@@ -361,7 +361,7 @@ def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Rout
 
         return PromptRouter(weights) if config.sharpness is None else PromptRouter(weights, config.sharpness)
     if config.kind == "learned" and config.file is not None:
-        from mixlm.routing.learned import load_router
+        from mixlm.routing.gate_router import load_router
 
         learned = load_router(config.file)
         if sorted(learned.names) != sorted(names):

@@ -13,7 +13,7 @@ from chat_templates import CHATML, DEEPSEEK, GEMMA, LLAMA2, MISTRAL, PHI3, QWEN3
 from tokenizers import AddedToken, Tokenizer, models
 from trained import ALL, trained
 
-from mixlm.engines.registry import EngineSpec
+from mixlm.engines.base import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup, configured_end_ids
 from mixlm.errors import ModelLoadError, TemplateError, TokenizerError
 from mixlm.tokenization.tokenizer_folder import _read_backend
@@ -310,7 +310,7 @@ def test_a_folder_with_its_tokenizer_is_read_without_transformers(tmp_path):
     folder = write(tmp_path, FOLDERS["file"])
     code = (
         "import os, sys; before = dict(os.environ)\n"
-        "from mixlm.engines.registry import EngineSpec; from mixlm.engines.tokenizer_setup import TokenizerSetup\n"
+        "from mixlm.engines.base import EngineSpec; from mixlm.engines.tokenizer_setup import TokenizerSetup\n"
         "from mixlm.types import Message\n"
         f"text = TokenizerSetup.load({str(folder)!r}, 'm').text_interface(EngineSpec('m', 'm'), 600)\n"
         "text.prompts.chat([Message('user', 'x')])\n"

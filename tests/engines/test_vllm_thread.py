@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from vllm_server import write_tiny_model
 
-from mixlm.engines.registry import EngineSpec
+from mixlm.engines.base import EngineSpec
 from mixlm.engines.requests import GenerateRequest, LogitsRequest
 from mixlm.engines.vllm.engine import VllmEngine
 from mixlm.engines.vllm.engine_thread import EngineThread, VllmOutput

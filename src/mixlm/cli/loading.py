@@ -79,7 +79,7 @@ def open_ensemble(
 
 def _with_flags(message: str, shared: Shared) -> str:
     """Return a message with the options of loading that are set on the command line as they are written there."""
-    from mixlm.engines.registry import LOADING_OPTIONS
+    from mixlm.engines.base import LOADING_OPTIONS
 
     for name in LOADING_OPTIONS:
         if getattr(shared, name) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixlm.engines.base import Engine
-from mixlm.engines.registry import EngineSpec, check_engine, is_remote, load, runs_as_gguf
+from mixlm.engines.base import Engine, EngineSpec
+from mixlm.engines.registry import check_engine, is_remote, load, runs_as_gguf
 
 __all__ = ["Engine", "EngineSpec", "check_engine", "is_remote", "load", "runs_as_gguf"]

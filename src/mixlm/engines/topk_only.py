@@ -22,8 +22,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.engines.base import Engine, Session, TextInterface
-from mixlm.engines.registry import EngineSpec
+from mixlm.engines.base import Engine, EngineSpec, Session, TextInterface
 from mixlm.engines.requests import AllowedIds, Forward
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRows, TopKFilter

@@ -10,8 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from mixlm.core.sampling import Transform
-from mixlm.engines.base import Engine, Session, TextInterface
-from mixlm.engines.registry import EngineSpec
+from mixlm.engines.base import Engine, EngineSpec, Session, TextInterface
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.errors import ConfigError, TokenizerError, UnsupportedError
 from mixlm.tokenization.incremental import Encoded

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import Session, TextInterface
+from mixlm.engines.base import EngineSpec, Session, TextInterface
 from mixlm.engines.batching import respond_in_threads
 from mixlm.engines.llamacpp.protocol import LlamaCppProtocol
 from mixlm.engines.llamacpp.slots import Slots
-from mixlm.engines.registry import EngineSpec
 from mixlm.engines.requests import Request, Response
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession

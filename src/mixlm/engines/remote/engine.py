@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from mixlm.engines.base import Session, TextInterface
-from mixlm.engines.registry import EngineSpec, is_remote
+from mixlm.engines.base import EngineSpec, Session, TextInterface
+from mixlm.engines.registry import is_remote
 from mixlm.engines.remote.http_client import ClientLimits, EventLoopThread, HttpClient
 from mixlm.engines.remote.model_info import ModelInfo, read_model_info
 from mixlm.engines.remote.probing import PROBE_TEXT, probe

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import Session, TextInterface
+from mixlm.engines.base import EngineSpec, Session, TextInterface
 from mixlm.engines.batching import respond_in_threads
-from mixlm.engines.registry import EngineSpec
 from mixlm.engines.requests import GenerateRequest, GenerateResponse, Request, Response
 from mixlm.engines.tokenizer_setup import TokenizerSetup, error_summary
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession

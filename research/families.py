@@ -307,7 +307,7 @@ def examine(family: str) -> dict[str, Any]:
         return {"family": family, "untested": _NO_TEXT.get(family) or error_summary(error)}
     row: dict[str, Any] = {"family": family}
     try:
-        runner = load_runner(LoadedModel(model), family)
+        runner = load_runner(LoadedModel(model, family))
         tokens, begin = dummy_tokens(int(model.get_output_embeddings().weight.shape[0]))
         engine = HFEngine(family, toy_text(tokens, len(tokens), begin), 1 << 20, runner)
         row["runs"] = engine.details.get("forwards", "several sequences")

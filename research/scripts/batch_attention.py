@@ -20,7 +20,7 @@ from mixlm.engines import EngineSpec, load
 from mixlm.engines.batching import SequenceInput
 from mixlm.engines.transformers.kv_cache import KVBufferPool, KVCache
 from mixlm.engines.transformers.packed_sequences import PackedSequences
-from mixlm.engines.transformers.session import HFSession
+from mixlm.engines.transformers.runner import HFSession
 from research.scripts.measuring import timed_calls
 
 CASES = "1x256,4x256,16x256,64x256,4x2000,16x2000,16x2000m,16x4000"

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mixlm.engines.base import Session
 from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.engines.transformers.session import HFSession
+from mixlm.engines.transformers.runner import HFSession
 
 SIZES = {
     **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3},
@@ -28,7 +28,7 @@ def session(family: str, graphs: str, device: str) -> tuple[Session, dict[str, s
     """Return a new sequence on a model of a family, equal for equal families, and how it runs."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES), dtype=torch.float32)
-    runner = load_runner(LoadedModel(model.to(device).eval()), family, graphs)
+    runner = load_runner(LoadedModel(model.to(device).eval(), family), graphs)
     return HFSession(runner, 2048), runner.details
 
 

@@ -19,8 +19,7 @@ from mixlm.binding import MemberSpec
 from mixlm.engines import EngineSpec
 from mixlm.engines.batching import SequenceInput, SequenceOutput
 from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
-from mixlm.engines.transformers.runner import ModelRunner
-from mixlm.engines.transformers.session import HFSession
+from mixlm.engines.transformers.runner import HFSession, ModelRunner
 from mixlm.ensemble import Ensemble
 from mixlm.types import Candidates
 

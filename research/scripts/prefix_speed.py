@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import mixlm
 from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.engines.transformers.session import HFSession
+from mixlm.engines.transformers.runner import HFSession
 from mixlm.ensemble import Ensemble
 from mixlm.resumable_log import ResumableLog
 from research.scripts.measuring import measured_on
@@ -118,7 +118,7 @@ def recurrent_model(family: str, dtype: str) -> tuple[Any, dict[int, HFSession],
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **RECURRENT[family]))
     model = model.to(getattr(torch, dtype)).eval()
-    runner = load_runner(LoadedModel(model), family)
+    runner = load_runner(LoadedModel(model, family))
     sessions = {length: HFSession(runner, 2 * LONG) for length in (SHORT, LONG)}
     ids = np.random.default_rng(0).integers(3, RECURRENT[family]["vocab_size"], 2 * LONG)
     for length, session in sessions.items():

@@ -319,9 +319,9 @@ def test_what_has_no_weights_of_its_own_takes_no_adapter(model):
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr("mixlm.engines.transformers.loaded_model.find_spec", lambda _: None)
+    monkeypatch.setattr("mixlm.engines.transformers.adapters.find_spec", lambda _: None)
     with pytest.raises(Exception, match=r"the adapter x needs peft .install: pip install 'mixlm\[peft\]'"):
-        LoadedModel(torch.nn.Linear(1, 1)).add("x", "tiny")
+        LoadedModel(torch.nn.Linear(1, 1), "tiny").add("x")
 
 
 def refusal(folders, base, folder: Path) -> str:

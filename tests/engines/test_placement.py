@@ -17,7 +17,7 @@ from mixlm.config import parse_config
 from mixlm.config_file import read_config
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.contract import random_ids, uncached
-from mixlm.engines.transformers.placement import planned_memory
+from mixlm.engines.transformers.placement import empty_model, planned_memory
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError
 from mixlm.inspection.unloaded import load_described
 from mixlm.loading import load_config
@@ -59,12 +59,15 @@ def test_weights_elsewhere_give_the_same_logits(folder, options):
 def test_the_plan_says_what_goes_where(folder):
     sizes = {name: weight.numel() * 4 for name, weight in load(spec(folder)).model.named_parameters()}
     on_disk = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
-    cpu = torch.device("cpu")
-    plan = planned_memory(str(folder), spec(folder, device_map=SPREAD), torch.float32, cpu)
-    assert plan == {"disk": on_disk, "cpu": sum(sizes.values()) - on_disk}
-    assert planned_memory(str(folder), spec(folder), torch.bfloat16, cpu) == {"cpu": sum(sizes.values()) // 2}
-    limited = spec(folder, device_map="auto", max_memory=(("cpu:0", "1GB"),))
-    assert planned_memory(str(folder), limited, torch.float32, cpu) == {"cpu": sum(sizes.values())}
+
+    def plan(dtype: torch.dtype, **options) -> dict[str, int]:
+        placed = spec(folder, **options)
+        return planned_memory(empty_model(str(folder), placed), str(folder), placed, dtype, torch.device("cpu"))
+
+    assert plan(torch.float32, device_map=SPREAD) == {"disk": on_disk, "cpu": sum(sizes.values()) - on_disk}
+    assert plan(torch.bfloat16) == {"cpu": sum(sizes.values()) // 2}
+    limited = {"device_map": "auto", "max_memory": (("cpu:0", "1GB"),)}
+    assert plan(torch.float32, **limited) == {"cpu": sum(sizes.values())}
 
 
 def test_inspect_describes_a_folder_without_loading_it(folder):

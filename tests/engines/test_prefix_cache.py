@@ -14,8 +14,8 @@ import mixlm
 from mixlm.engines.contract import random_ids
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.transformers.engine import HFEngine
-from mixlm.engines.transformers.kv_cache import KVCache
-from mixlm.engines.transformers.prefix_cache import MIN_TOKENS, PrefixCache, Segment
+from mixlm.engines.transformers.kv_cache import KVCache, Segment
+from mixlm.engines.transformers.prefix_cache import MIN_TOKENS, PrefixCache
 from mixlm.types import MemberUsage
 
 KINDS = ["llama", "gemma3", "unbatched", "mamba", "qwen3_next"]
@@ -77,7 +77,7 @@ def test_a_second_sequence_runs_what_the_first_has_not(engines, kind):
     assert second.stats.cached_tokens == 59
     assert_near(first.logits(ids), plain.session().logits(ids))
     first.close()
-    shared = 0 if engine.runner.begins_anew(60, 90) else 60  # anew where each token takes a pass
+    shared = 60 if engine.runner.least_cached(90) <= 60 else 0  # anew where each token takes a pass
     assert_near(third.logits(other), plain.session().logits(other))
     assert forwards(third) == [(90 - shared, shared)]
     assert third.stats.cached_tokens == shared
@@ -319,7 +319,7 @@ def test_each_adapter_and_each_regime_has_texts_of_its_own():
     prefixes.insert(("a", None), ids, cache)
     assert prefixes.match(("a", None), ids, has_state=False) == 32
     assert prefixes.match((None, None), ids, has_state=False) == 0
-    assert prefixes.load(("b", None), ids, KVCache(), bool) == 0
+    assert prefixes.load(("b", None), ids, KVCache()) == 0
 
 
 def test_the_tree_keeps_common_tokens_once_and_finds_any_prefix():
@@ -337,7 +337,7 @@ def test_the_tree_keeps_common_tokens_once_and_finds_any_prefix():
         texts.append(ids)
         wanted = np.concatenate([texts[int(rng.integers(len(texts)))][: int(rng.integers(60))], rng.integers(0, 3, 5)])
         taken = KVCache()
-        length = prefixes.load("key", wanted, taken, bool)
+        length = prefixes.load("key", wanted, taken)
         longest = max(int((np.cumprod(t[: len(wanted)] == wanted[: len(t)])).sum()) for t in texts)
         assert longest - MIN_TOKENS < length <= longest
         assert taken.length == length

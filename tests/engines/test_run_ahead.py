@@ -382,10 +382,11 @@ def test_members_with_one_filter_are_sampled_by_their_own_symbols() -> None:
 
 @pytest.mark.slow
 def test_engines_that_do_not_run_ahead_get_no_hint(load_once: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: Any) -> int:
-        raise AssertionError
+    def one(_: Any, __: int, limit: int) -> int:
+        assert limit == 1
+        return 1
 
-    monkeypatch.setattr(mixture, "run_length", never)
+    monkeypatch.setattr(mixture, "run_length", one)
     toys("token", 2).generate("ab", raw=True, max_tokens=5)
     pair(load_once, "off", ("llama", "qwen2")).generate("the river", max_tokens=5)
     whole = pair(load_once, "on", ("llama", "qwen2"))

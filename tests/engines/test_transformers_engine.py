@@ -181,7 +181,7 @@ def test_roundings_that_a_state_hands_on_are_no_reason_to_run_whole_texts():
     model = MambaForCausalLM(config).eval()
     for parameter in model.parameters():  # so large that roundings grow
         torch.nn.init.normal_(parameter, std=0.5) if parameter.dim() > 1 else None
-    assert load_runner(LoadedModel(model), "m").path is ForwardPath.STEPS
+    assert load_runner(LoadedModel(model, "m")).path is ForwardPath.STEPS
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])

@@ -39,10 +39,11 @@ def load_described(spec: EngineSpec) -> Engine:
 
 def _described_folder(spec: EngineSpec) -> Engine:
     """Return an engine without weights for a folder or a hub id: what it will take of which device's memory."""
-    from mixlm.engines.transformers.loaded_model import adapter_bytes
+    from mixlm.engines.transformers import find_model
+
+    source, name = find_model(spec, weights=False)
     from mixlm.engines.transformers.model_loading import (
         context_length,
-        find_model,
         parse_device,
         parse_dtype,
         quantization,
@@ -50,13 +51,16 @@ def _described_folder(spec: EngineSpec) -> Engine:
     )
     from mixlm.engines.transformers.placement import empty_model, planned_memory
 
-    source, name = find_model(spec, weights=False)
     named = replace(spec, name=name)
     device = parse_device(spec.device)
     dtype = parse_dtype(spec.dtype, device)
     model = empty_model(source, named)
     memory = planned_memory(model, source, named, dtype, device)
-    adapter_size = 0 if spec.adapter is None else adapter_bytes(spec.adapter)
+    adapter_size = 0
+    if spec.adapter is not None:
+        from mixlm.engines.transformers.adapters import adapter_bytes
+
+        adapter_size = adapter_bytes(spec.adapter)
     memory[next(iter(memory))] += adapter_size
     setup = TokenizerSetup.load(source, named.name, trust_remote_code=spec.trust_remote_code)
     text = setup.text_interface(named, vocabulary_size(model))

@@ -11,24 +11,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    inject_adapter_in_model,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from mixlm.engines.tokenizer_setup import error_summary
-from mixlm.engines.transformers import self_test
-from mixlm.engines.transformers.loaded_model import count_bytes
-from mixlm.engines.transformers.model_loading import vocabulary_size
+from mixlm.engines.transformers.model_loading import count_bytes, vocabulary_size
+from mixlm.engines.transformers.self_test import Tolerance, sample_ids
 from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
 
 _PREFIX = "base_model.model."  # PEFT's files put it in front of the names of a model's layers
@@ -50,38 +41,44 @@ class Adapters:
     sizes: bytes of each adapter. layers: those of PEFT in the model. active: the one that is applied.
 
     Args:
+        model: of transformers.
+        name: for messages.
         attention: the implementation that the model has by itself.
     """
 
-    def __init__(self, model: Any, attention: str | None) -> None:
+    def __init__(self, model: Any, name: str, attention: str | None) -> None:
         self._model = model
+        self._name = name
         self.sizes: dict[str, int] = {}
         self.layers: list[Any] = []
         self.active: str | None = None
         self._attention = attention
         self._peft_names: dict[str, str] = {}
 
-    def add(self, adapter: str, name: str) -> None:
+    def add(self, adapter: str) -> None:
         """Load an adapter, unless it is loaded already: see `LoadedModel.add`."""
         if adapter in self.sizes:
             return
         config, weights = read_adapter(adapter)
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         peft_name = f"adapter{len(self.sizes)}"  # PEFT allows no dot in a name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of a second adapter, which is intended here
             self.switch(None)
             before = self._plain_logits()
-            misfit, self.layers = _inject(self._model, peft_name, config, weights)
+            misfit = _inject(self._model, peft_name, config, weights)
+            self.layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
             parameters = [value for key, value in self._model.named_parameters() if f".{peft_name}" in key]
             try:
                 if misfit is not None or not parameters:
                     raise ModelLoadError(
-                        f"the adapter {adapter} does not fit {name}: {misfit or 'it changes no layer'}",
+                        f"the adapter {adapter} does not fit {self._name}: {misfit or 'it changes no layer'}",
                         "it must be one that was trained on this model",
                     )
                 self._model.eval()
                 self._peft_names[adapter] = peft_name
-                self._check(adapter, name, before)
+                self._check(adapter, before)
             except MixlmError:
                 for layer in self.layers:
                     layer.delete_adapter(peft_name)
@@ -89,7 +86,7 @@ class Adapters:
                 raise
             self.sizes[adapter] = count_bytes(parameters)
 
-    def _check(self, adapter: str, name: str, before: Any) -> None:
+    def _check(self, adapter: str, before: torch.Tensor) -> None:
         """Compare an adapter with PEFT's own forward pass, and the model without adapters with what it was before."""
         self.switch(adapter)
         own = self._plain_logits()
@@ -98,7 +95,7 @@ class Adapters:
                 expected = peft_logits(self._model, adapter, f"{self._peft_names[adapter]}reference", self._trial_ids())
         except Exception as error:
             raise ModelLoadError(
-                f"PEFT cannot run the adapter {adapter} on {name}: {error_summary(error)}",
+                f"PEFT cannot run the adapter {adapter} on {self._name}: {error_summary(error)}",
                 "its layers are quantised in a way that takes none: use bitsandbytes, or merge the adapter first"
                 if getattr(self._model.config, "quantization_config", None) is not None
                 else None,
@@ -108,24 +105,24 @@ class Adapters:
             self.switch(None)
         if not bool(own.isfinite().any(dim=1).all()) or bool(own.isnan().any()):
             raise ModelLoadError(
-                f"{name} with the adapter {adapter} computes logits that are no numbers",
+                f"{self._name} with the adapter {adapter} computes logits that are no numbers",
                 "try --dtype float32; where that is no different, the adapter's weights are damaged",
             )
-        tolerance, aggregate = self_test.tolerance_and_aggregate(self._model.dtype)
         pairs = zip(own.float().cpu().numpy(), expected.float().cpu().numpy(), strict=True)
-        if not aggregate([self_test.total_variation(*pair) for pair in pairs]) < tolerance:
+        tolerance = Tolerance.of(self._model.dtype)
+        if not tolerance.distance(pairs) < tolerance.largest:
             raise UnsupportedError(
                 f"the adapter {adapter} gives another distribution than PEFT's own forward pass when it is switched",
                 "merge it into a copy of the model, and name that as the member's model",
             )
         if not torch.equal(before, self._plain_logits()):
             raise ModelLoadError(
-                f"the adapter {adapter} changed {name} itself, which other members share",
+                f"the adapter {adapter} changed {self._name} itself, which other members share",
                 "load them again without it; merge it into a copy of the model, and name that as the member's model",
             )
 
     def _trial_ids(self) -> Any:
-        return torch.from_numpy(self_test.sample_ids(vocabulary_size(self._model))[None]).to(self._model.device)
+        return torch.from_numpy(sample_ids(vocabulary_size(self._model))[None]).to(self._model.device)
 
     def _plain_logits(self) -> Any:
         """Return the logits of a few tokens by the model's own forward pass, with the adapter that is switched on."""
@@ -156,29 +153,22 @@ class Adapters:
         self.active = adapter
 
 
-def _inject(model: Any, name: str, config: Any, weights: dict[str, Any]) -> tuple[str | None, list[Any]]:
-    """Put an adapter's layers into a model and load its weights into them.
+def _inject(model: Any, name: str, config: Any, weights: dict[str, Any]) -> str | None:
+    """Put an adapter's layers into a model and load its weights into them. Returns what does not fit, if anything."""
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
 
-    Returns:
-        What does not fit, None if everything does; and all of PEFT's layers in the model.
-    """
-    misfit = _replaced_weight(model, weights)
-    if misfit is not None:
-        return misfit, _layers(model)
+    if (misfit := _replaced_weight(model, weights)) is not None:
+        return misfit
     try:
         inject_adapter_in_model(config, model, name)
         result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
         if result.unexpected_keys:
-            misfit = f"the model has no layer for {result.unexpected_keys[0]}"
-        elif absent := [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]:
-            misfit = f"its file lacks {absent[0].replace(f'.{name}', '')}"
+            return f"the model has no layer for {result.unexpected_keys[0]}"
+        if absent := [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]:
+            return f"its file lacks {absent[0].replace(f'.{name}', '')}"
     except Exception as error:
-        misfit = error_summary(error)
-    return misfit, _layers(model)
-
-
-def _layers(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        return error_summary(error)
+    return None
 
 
 def _replaced_weight(model: Any, weights: dict[str, Any]) -> str | None:
@@ -205,6 +195,8 @@ def peft_logits(model: Any, adapter: str, name: str, ids: Any) -> Any:
         name: For the adapter in the layers, of no other adapter.
         ids: int64 (1, tokens).
     """
+    from peft import PeftModel
+
     wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=name)
     try:
         return wrapped(input_ids=ids, use_cache=False).logits[0]
@@ -216,9 +208,14 @@ def read_adapter(adapter: str) -> tuple[Any, dict[str, Any]]:
     """Return an adapter's configuration, and its weights by the names of the model's layers.
 
     Raises:
+        MixlmError: peft is not installed.
         ModelLoadError: it cannot be loaded.
         UnsupportedError: it is no LoRA adapter, or it also replaces weights of the model.
     """
+    if find_spec("peft") is None:
+        raise MixlmError(f"the adapter {adapter} needs peft", "install: pip install 'mixlm[peft]'")
+    from peft import LoraConfig, PeftConfig, load_peft_weights
+
     try:
         config = PeftConfig.from_pretrained(adapter)
         weights = {key.removeprefix(_PREFIX): value for key, value in load_peft_weights(adapter, "cpu").items()}
@@ -237,7 +234,10 @@ def read_adapter(adapter: str) -> tuple[Any, dict[str, Any]]:
             f"(init_lora_weights is {config.init_lora_weights!r})",
             f"convert it to a plain LoRA adapter (path_initial_model_for_weight_conversion in PEFT), or {merge}",
         )
-    if special := _special_fields(config):
+    common = {field.name for field in fields(PeftConfig)} | _FIELDS
+    names = [field.name for field in fields(config) if field.name not in common]
+    plain = LoraConfig()
+    if special := [name for name in names if (value := getattr(config, name)) and value != getattr(plain, name)]:
         raise UnsupportedError(
             f"the adapter {adapter} has {' and '.join(special)}, and is more than a plain LoRA adapter, which can be "
             "switched on and off",
@@ -252,13 +252,6 @@ def read_adapter(adapter: str) -> tuple[Any, dict[str, Any]]:
     return config, weights
 
 
-def _special_fields(config: LoraConfig) -> list[str]:
-    """Return the names of fields that are set, and that a plain LoRA adapter does not have."""
-    common = {field.name for field in fields(PeftConfig)} | _FIELDS
-    special = []
-    for field in fields(config):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        value = getattr(config, field.name)
-        if field.name not in common and value and value != default:
-            special.append(field.name)
-    return special
+def adapter_bytes(adapter: str) -> int:
+    """Return the memory of an adapter from its files. Raises what `read_adapter` raises."""
+    return count_bytes(read_adapter(adapter)[1].values())

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixlm.engines.registry import EngineSpec
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mixlm.engines.base import EngineSpec
 from mixlm.engines.toy import WORD_TOKENS, toy_text
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.load_trial import load_runner
@@ -110,10 +113,10 @@ class DummyWeightsEngine(HFEngine):
         name = spec.name or spec.model
         device = parse_device(spec.device)
         with memory_errors(name):
-            loaded = LoadedModel(create_model(shape, parse_dtype(spec.dtype, device), device))
+            loaded = LoadedModel(create_model(shape, parse_dtype(spec.dtype, device), device), name)
         tokens, begin = dummy_tokens(int(shape["vocab_size"]))
         text = toy_text(tokens, len(tokens), begin, notes=(f"{name}: {LABEL}",))
-        runner = load_runner(loaded, name, spec.graphs)
+        runner = load_runner(loaded, spec.graphs)
         super().__init__(name, text, int(shape["max_position_embeddings"]), runner, {"weights": "filled with numbers"})
 
 
@@ -125,8 +128,6 @@ def dummy_tokens(vocab_size: int) -> tuple[list[bytes], int]:
 
 def create_model(shape: Mapping[str, Any], dtype: Any, device: Any) -> Any:
     """Return a transformers model of this shape: torch dtype and device. Filling it takes as long as writing it."""
-    import torch
-
     with torch.device("meta"):
         model = from_shape(shape, dtype)
     model = model.to_empty(device=device).eval()
@@ -154,8 +155,6 @@ def create_model(shape: Mapping[str, Any], dtype: Any, device: Any) -> Any:
 
 def from_shape(shape: Mapping[str, Any], dtype: Any) -> Any:
     """Return the model on torch's current default device, with the weights of its initialisation."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config_fields = dict(shape)
     config = AutoConfig.for_model(config_fields.pop("model_type"), **config_fields)
     return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from mixlm.engines.base import Engine, Session, TextInterface
-from mixlm.engines.registry import EngineSpec
+from mixlm.engines.base import Engine, EngineSpec, Session, TextInterface
 from mixlm.engines.requests import ForwardRequest, Request, Response
 from mixlm.engines.tokenizer_setup import TokenizerSetup, as_ids
+from mixlm.engines.transformers.few_rows import speed_up_linear_layers
 from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.model_loading import (
     context_length,
-    find_model,
     hidden_size,
     load_model,
     parse_device,
@@ -24,14 +24,8 @@ from mixlm.engines.transformers.model_loading import (
     quantization,
     vocabulary_size,
 )
-from mixlm.engines.transformers.runner import ModelRunner
-from mixlm.engines.transformers.session import HFSession
-
-
-def load(spec: EngineSpec) -> HFEngine:
-    """Load a folder, a catalogue name or a hub id: see `HFEngine.from_pretrained`."""
-    source, name = find_model(spec)
-    return HFEngine.from_pretrained(replace(spec, name=name), source)
+from mixlm.engines.transformers.runner import HFSession, ModelRunner
+from mixlm.engines.transformers.self_test import max_length
 
 
 class HFEngine(Engine):
@@ -82,18 +76,16 @@ class HFEngine(Engine):
             TokenizerError: its tokens cannot be mapped to bytes.
             MemoryLimitError: the device has too little memory.
         """
-        from mixlm.engines.transformers.few_rows import speed_up_linear_layers
-
         trusted = spec.trust_remote_code
         tokenizer = TokenizerSetup.load(source, spec.name, trust_remote_code=trusted)
         device = parse_device(spec.device)
-        model, notes = load_model(source, spec, parse_dtype(spec.dtype, device), device)
-        speed_up_linear_layers(model)
-        loaded = LoadedModel(model, notes)
-        if spec.adapter is not None:
-            loaded.add(spec.adapter, spec.name)
-        runner = load_runner(loaded, spec.name, spec.graphs, spec.prefix_cache << 20).with_adapter(spec.adapter)
-        return cls._from_parts(spec, tokenizer, runner)
+        dtype = parse_dtype(spec.dtype, device)
+        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+        if spec.loading_options:
+            from mixlm.engines.transformers.placement import empty_model, loading_options
+
+            options = loading_options(spec, dtype, device, partial(empty_model, source, spec))
+        return cls._of_model(spec, tokenizer, *load_model(source, spec, options))
 
     @classmethod
     def from_objects(cls, spec: EngineSpec, model: Any, tokenizer: Any) -> HFEngine:
@@ -107,27 +99,33 @@ class HFEngine(Engine):
             ModelLoadError: the model cannot run.
             TokenizerError: the tokenizer's tokens cannot be mapped to bytes.
         """
-        from mixlm.engines.transformers.few_rows import speed_up_linear_layers
         from mixlm.engines.transformers.shared_weights import share_weights
 
         shared = share_weights(model, spec.name)
-        speed_up_linear_layers(shared)
         configs = (shared.config, shared.config.get_text_config(), getattr(shared, "generation_config", None))
         ends = [i for config in configs for i in as_ids(getattr(config, "eos_token_id", None))]
-        setup = TokenizerSetup.of(tokenizer, spec.name, ends)
-        runner = load_runner(LoadedModel(shared), spec.name, spec.graphs, spec.prefix_cache << 20)
-        return cls._from_parts(spec, setup, runner)
+        return cls._of_model(spec, TokenizerSetup.of(tokenizer, spec.name, ends), shared)
 
     @classmethod
-    def _from_parts(cls, spec: EngineSpec, tokenizer: TokenizerSetup, runner: ModelRunner) -> HFEngine:
-        """Return the engine of a spec on a model that is loaded."""
+    def _of_model(cls, spec: EngineSpec, tokenizer: TokenizerSetup, model: Any, notes: Sequence[str] = ()) -> HFEngine:
+        """Return the engine of a spec on a model, which is tried out. notes: on its weights."""
+        speed_up_linear_layers(model)
+        loaded = LoadedModel(model, spec.name, notes)
+        if spec.adapter is not None:
+            loaded.add(spec.adapter)
+        runner = load_runner(loaded, spec.graphs, spec.prefix_cache << 20)
+        return cls._of_runner(spec, tokenizer, runner.with_adapter(spec.adapter))
+
+    @classmethod
+    def _of_runner(cls, spec: EngineSpec, tokenizer: TokenizerSetup, runner: ModelRunner) -> HFEngine:
+        """Return the engine of a spec on a model that is loaded and tried out."""
         vocab_size = vocabulary_size(runner.model)
         notes = list(runner.loaded.notes)
         if not runner.keeps_cache:
             notes.append(f"{spec.name} cannot roll back its state: it runs the whole text for every token")
         length = context_length(runner.model)
-        if runner.max_length < length:
-            length = runner.max_length
+        if (longest := max_length(runner.model.config)) < length:
+            length = longest
             notes.append(f"{spec.name} takes {length} tokens: behind them its attention selects some of the text")
         text = tokenizer.text_interface(spec, vocab_size, notes=notes)
         stored = quantization(runner.model, spec)
@@ -142,7 +140,10 @@ class HFEngine(Engine):
     @property
     def weight_parts(self) -> Mapping[Hashable, int]:
         """Bytes of the model, and of the adapter."""
-        return self.loaded.weight_parts(self.adapter)
+        parts: dict[Hashable, int] = {id(self.loaded): self.loaded.size}
+        if self.adapter is not None and self.loaded.adapters is not None:
+            parts[id(self.loaded), self.adapter] = self.loaded.adapters.sizes[self.adapter]
+        return parts
 
     @property
     def run_ahead_depth(self) -> int:
@@ -155,13 +156,13 @@ class HFEngine(Engine):
             return None
         name = spec.name or (self.name if spec.adapter is None else f"{self.name}+{Path(spec.adapter).name}")
         if spec.adapter is not None:
-            self.loaded.add(spec.adapter, name)
-        return self._from_parts(replace(spec, name=name), self._tokenizer, self.runner.with_adapter(spec.adapter))
+            self.loaded.add(spec.adapter)
+        return self._of_runner(replace(spec, name=name), self._tokenizer, self.runner.with_adapter(spec.adapter))
 
     def replica(self) -> HFEngine:
         """Return an engine on the same weights with a runner of its own."""
         other = copy(self)
-        other.runner = self.runner.with_prefix_cache()
+        other.runner = self.runner.replica()
         return other
 
     @property

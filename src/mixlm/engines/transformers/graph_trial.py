@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from copy import copy
 
 import numpy as np
 
@@ -15,59 +16,49 @@ from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
 from mixlm.engines.transformers.device_topk import DeviceTopK
 from mixlm.engines.transformers.model_loading import vocabulary_size
 from mixlm.engines.transformers.run_ahead import DEPTH, DeviceSampler
-from mixlm.engines.transformers.runner import ForwardPath, ModelRunner
-from mixlm.engines.transformers.session import HFSession
+from mixlm.engines.transformers.runner import HFSession, ModelRunner
 from mixlm.types import Candidates, Logits, Sampling
 
 
-def fixed_shapes(plain: ModelRunner, name: str, *, capture: bool) -> ModelRunner | None:
+def fixed_shapes(plain: ModelRunner, *, capture: bool) -> ModelRunner | None:
     """Return a runner with short passes in fixed shapes, if they give what the plain ones give.
 
     They are tried new, captured and replayed. Where that is right too, the runner runs ahead.
 
     Args:
         plain: the runner without.
-        name: of the model, for messages.
         capture: whether they are captured as CUDA graphs.
     """
     if not plain.batches or plain.frequencies is not None:
         return None
-    loaded = plain.loaded
     ids = self_test.sample_ids(vocabulary_size(plain.model))
-    [expected] = plain.run_unfiltered([SequenceInput(HFSession(plain, 1 << 20), ids, 4)])
-    fixed = ModelRunner(
-        loaded, name, ForwardPath.PACKED, kernel=plain.kernel, graphs=CudaGraphRunner(plain.model, capture=capture)
-    )
+    expected = HFSession(plain).logits(ids, 4)
+    fixed = copy(plain)
+    fixed.graphs = CudaGraphRunner(plain.model, capture=capture)
 
     def trial() -> Iterator[tuple[Logits, Logits]]:
-        session = HFSession(fixed, 1 << 20)
+        session = HFSession(fixed)
         fixed.run([SequenceInput(session, ids[:7], 1)])
         for position in range(7, len(ids) - 5):
             fixed.run([SequenceInput(session, ids[position : position + 1], 1)])
         length = session.cache.length
         for _ in range(3):
             session.cache.length = length
-            [logits] = fixed.run_unfiltered([SequenceInput(session, ids[length:], 4)])
+            logits = session.forward(ids[length:], 4)
         yield from zip(logits, expected, strict=True)
 
     if self_test.failure(trial) is not None:
         return None
-    ahead = ModelRunner(
-        loaded,
-        name,
-        ForwardPath.PACKED,
-        kernel=plain.kernel,
-        graphs=fixed.graphs,
-        sampler=DeviceSampler(fixed.device_top_k or DeviceTopK()),
-    )
+    ahead = copy(fixed)
+    ahead.sampler, ahead.run_ahead_depth = DeviceSampler(fixed.device_top_k or DeviceTopK()), DEPTH
     return ahead if self_test.failure(lambda: _run_ahead_trial(ahead)) is None else fixed
 
 
-def _run_ahead_trial(runner: ModelRunner) -> Iterable[tuple[Logits, Logits]]:
+def _run_ahead_trial(runner: ModelRunner) -> Iterator[tuple[Logits, Logits]]:
     """Run ahead: yield the logits and those of passes on request. ValueError where tokens are not the host's."""
     steps = 6
     transform, noise = Transform(Sampling(top_k=4), np.zeros(0, dtype=np.int64)), Noise(0)
-    session, symbols = HFSession(runner, 1 << 20), np.arange(vocabulary_size(runner.model))
+    session, symbols = HFSession(runner), np.arange(vocabulary_size(runner.model))
     ids, rows = np.zeros(1, dtype=np.int64), []
     for step in range(steps):
         keys = tuple(noise.at(ahead).sample_key for ahead in range(step, min(step + DEPTH, steps - 1)))
@@ -80,6 +71,6 @@ def _run_ahead_trial(runner: ModelRunner) -> Iterable[tuple[Logits, Logits]]:
         ids = np.append(ids, distribution.ids[noise.at(step).sample(*distribution)])
     if session.stats.run_ahead != steps - 1:
         raise ValueError("the device sampled other tokens")
-    [expected] = runner.run_unfiltered([SequenceInput(HFSession(runner, 1 << 20), ids[:-1], steps)])
+    expected = HFSession(runner).logits(ids[:-1], steps)
     for row, whole in zip(rows, expected, strict=True):
         yield row.logprobs, whole[row.ids]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 
 from mixlm.engines.batching import SequenceInput
 from mixlm.errors import UnsupportedError
@@ -18,7 +19,7 @@ class HiddenStateHook:
     """Notes what goes into a model's output layer, in the forward passes of one `recording`."""
 
     def __init__(self, model: Any) -> None:
-        self._passes: list[Any] | None = None
+        self._passes: list[torch.Tensor] | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._note)
 
     def _note(self, layer: Any, arguments: tuple[Any, ...]) -> None:
@@ -32,22 +33,18 @@ class HiddenStateHook:
         Raises:
             UnsupportedError: The model computes its logits another way.
         """
-        self._passes = []
+        passes: list[torch.Tensor] = []
+        self._passes = passes
         try:
             yield
-            self._store(inputs, self._passes)
         finally:
             self._passes = None
-
-    def _store(self, inputs: Sequence[SequenceInput], passes: Sequence[Any]) -> None:
-        import torch
-
         total = sum(item.last for item in inputs)
         if sum(len(rows) for rows in passes) < total:
             raise UnsupportedError(
                 "this model does not show its hidden states", "observe the most likely tokens: a router with top_k"
             )
-        states = torch.cat(list(passes))[-total:].float().clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
+        states = torch.cat(passes)[-total:].float().clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
         for item, part in zip(inputs, np.split(states, np.cumsum([item.last for item in inputs])[:-1]), strict=True):
             if item.session.keeps_hidden:
                 item.session.hidden_states = part

@@ -17,12 +17,11 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from mixlm.engines.transformers.attention_form import AttentionForm
-from mixlm.engines.transformers.prefix_cache import Segment
 
 ATTENTION_NAME = "mixlm"
 _SUPPORTED_OPTIONS = {
@@ -45,6 +44,35 @@ _MIN_SLOT_TOKENS = max(4096, mmap.PAGESIZE)
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
 
 
+LayerTensors = dict[int, tuple[torch.Tensor, torch.Tensor]]  # keys and values, (KV heads, n, head dimension) each
+
+
+class Segment(NamedTuple):
+    """What a cache holds of successive tokens. state: of the recurrent layers behind the last one, None if unknown."""
+
+    tokens: int
+    layers: LayerTensors
+    state: Any = None
+    state_bytes: int = 0
+
+    def cut(self, start: int, end: int) -> Segment:
+        """Return the tokens from `start` to `end` as views, with the state if the last one is among them."""
+        layers = {layer: (keys[:, start:end], values[:, start:end]) for layer, (keys, values) in self.layers.items()}
+        return Segment(end - start, layers, *((self.state, self.state_bytes) if end == self.tokens else ()))
+
+    def copy(self) -> Segment:
+        """Return the same with keys and values of its own."""
+        return self._replace(
+            layers={layer: (keys.clone(), values.clone()) for layer, (keys, values) in self.layers.items()}
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of it."""
+        tensors = [tensor for pair in self.layers.values() for tensor in pair]
+        return self.state_bytes + sum(tensor.nbytes for tensor in tensors)
+
+
 class SlabError(MemoryError):
     """The system has no addresses for a slab."""
 
@@ -59,7 +87,7 @@ class KVSlab:
     def __init__(self, size: int, slots: int) -> None:
         self.size = size
         self.slots = slots
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.layers: LayerTensors = {}
         self.used = 0
         self._maps: list[mmap.mmap] = []
 
@@ -104,7 +132,7 @@ class KVBuffer:
         self.slot = slot
         self.graphs: dict[tuple[int, int], Any] = {}
         self.idle = False
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers: LayerTensors = {}
 
     def layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's tensors, created to hold keys and values like these: (KV heads, n, head dimension)."""
@@ -115,7 +143,7 @@ class KVBuffer:
         return tensors
 
     @property
-    def layers(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    def layers(self) -> LayerTensors:
         """The tensors of each layer, (KV heads, size, head dimension)."""
         return {layer: (keys[self.slot], values[self.slot]) for layer, (keys, values) in list(self.slab.layers.items())}
 

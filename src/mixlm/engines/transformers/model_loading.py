@@ -8,62 +8,38 @@ from collections.abc import Iterable, Mapping
 from logging import getLogger
 from shutil import rmtree
 from tempfile import mkdtemp
+from traceback import walk_tb
 from typing import Any
 
-from mixlm.engines.registry import EngineSpec
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from mixlm.engines.base import EngineSpec
+from mixlm.engines.tokenizer_setup import error_summary, remote_code_error
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError, memory_errors
-from mixlm.models.resolve import resolve
 
 _LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # of a configuration: tokens of a text
 # What stands in files beside weights that are quantised.
 _SCALES = re.compile(r"\.(weight_scale\w*|scales|SCB)$")
 
 
-def find_model(spec: EngineSpec, *, weights: bool = True) -> tuple[str, str]:
-    """Return the folder or hub id of the model that a spec names, and its name.
-
-    weights: whether those of a revision are fetched too, not only what describes it.
-
-    Raises:
-        ConfigError: there is a revision, and the model is no hub id.
-        ModelNotFoundError, ModelLoadError: there is no such model, or it cannot be fetched.
-    """
-    resolved = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16", spec.revision)
-    source, name = resolved.path_or_id, spec.name or resolved.name
-    if spec.revision is None:
-        return source, name
-    if not resolved.on_hub:
-        raise ConfigError(
-            f"revision is given, and {spec.model} is on this machine", "leave it out; revisions are of hub ids"
-        )
-    if not resolved.local:
-        from mixlm.engines.transformers.placement import fetch_revision
-
-        source = fetch_revision(source, spec.revision, weights=weights)
-    return source, name
-
-
-def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[Any, tuple[str, ...]]:
+def load_model(source: str, spec: EngineSpec, options: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """Return a model in which every weight is from its files, and notes on weights that it has no place for.
 
     Args:
         source: folder or hub id.
-        spec: where and how it is loaded, see `placement`.
-        dtype: torch's, of the weights that are not quantised.
-        device: torch's, where there is no device map.
+        spec: what it is loaded for.
+        options: keywords of `from_pretrained` that say where and how it is loaded.
+
+    Raises:
+        ModelLoadError: it cannot be loaded, or its files do not fit its configuration.
+        MemoryLimitError: the device has too little memory.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     name = spec.name
-    options: dict[str, Any] = {"device_map": {"": device}}
-    if spec.loading_options:
-        from mixlm.engines.transformers.placement import checked_options
-
-        options = checked_options(source, spec, dtype, device)
     offload = mkdtemp(prefix="mixlm-offload-") if spec.device_map is not None else None
     if offload is not None:
-        options["offload_folder"] = offload
+        options = {**options, "offload_folder": offload}
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it says of weights is in the loading info
@@ -74,7 +50,6 @@ def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[
         with memory_errors(name):
             model, info = AutoModelForCausalLM.from_pretrained(
                 source,
-                dtype=dtype,
                 **options,
                 trust_remote_code=spec.trust_remote_code,
                 output_loading_info=True,
@@ -83,8 +58,6 @@ def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[
     except MixlmError:
         raise
     except Exception as error:
-        from mixlm.engines.transformers.placement import load_error
-
         raise load_error(spec, error) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -95,10 +68,26 @@ def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[
     return model.eval(), notes
 
 
+def load_error(spec: EngineSpec, error: Exception) -> ModelLoadError:
+    """Return the error for a model that transformers cannot load; each family fails in its own way."""
+    name = spec.name or spec.model
+    if "trust_remote_code" in str(error):
+        return remote_code_error(name)
+    reason = error_summary(error)
+    hint = "give the whole folder of a causal language model"
+    if given := [option for option in spec.loading_options if option != "revision"]:  # that is not to blame
+        hint = f"leave out {' and '.join(given)}, or change it"
+    if "Weights only load failed" in reason:
+        reason, hint = "its files of weights hold Python objects, which are not run", "give a folder with safetensors"
+    for frame, _ in walk_tb(error.__traceback__):  # transformers says that there are such errors, and not which
+        if errors := getattr(frame.f_locals.get("loading_info"), "conversion_errors", None):
+            reason = f"its files do not hold what {', '.join(sorted(errors)[:3])} is made of"
+            hint = "a file of the model may be missing, or its config.json and its weights are not of one model"
+    return ModelLoadError(f"{name} cannot be loaded: {reason}", hint)
+
+
 def _on_devices(model: Any) -> Any:
     """Return a model that was spread over devices. Its `device` is where inputs go, also with weights on disk."""
-    import torch
-
     places = list(dict.fromkeys(getattr(model, "hf_device_map", {}).values()))
     if model.device.type != "meta":
         return model
@@ -175,10 +164,18 @@ def quantization(model: Any, spec: EngineSpec) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def parse_device(name: str) -> Any:
-    """Return torch's device of a name; "auto" is CUDA where there is one. Raises ConfigError for one that is absent."""
-    import torch
+def count_bytes(tensors: Iterable[Any]) -> int:
+    """Return the memory of tensors; of quantised ones of torchao, that of what they are made of."""
+    return sum(
+        count_bytes(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        if hasattr(tensor, "__tensor_flatten__")
+        else int(tensor.nbytes)
+        for tensor in tensors
+    )
 
+
+def parse_device(name: str) -> torch.device:
+    """Return torch's device of a name; "auto" is CUDA where there is one. Raises ConfigError for one that is absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -192,11 +189,10 @@ def parse_device(name: str) -> Any:
     return device
 
 
-def parse_dtype(name: str, device: Any) -> Any:
+def parse_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return torch's dtype of a name; "auto" is bfloat16 where the device computes in it, else float32."""
-    import torch
-
     if name != "auto":
-        return getattr(torch, name)
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     fast = device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if fast else torch.float32

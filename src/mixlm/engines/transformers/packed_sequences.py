@@ -9,17 +9,15 @@ A sequence with many tokens, such as a prompt, attends by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mixlm.engines.transformers.attention_form import AttentionForm
 from mixlm.engines.transformers.kv_cache import KVBuffer, KVCache, QueryKeyValue, causal_mask
+from mixlm.engines.transformers.varlen import Lengths, VarlenKernel
 from mixlm.types import Ids
-
-if TYPE_CHECKING:
-    from mixlm.engines.transformers.varlen import VarlenCall, VarlenKernel
 
 _MAX_TOKENS = 16  # of a sequence that attends with others
 # What a call takes beside its work, in numbers of keys and values that are attended to in that time; and what each
@@ -38,7 +36,7 @@ class PackedSequences:
         self.caches = caches
         self.counts = counts
         self._kernel = kernel
-        self._calls: Sequence[_Alone | _Together | VarlenCall] = ()
+        self._calls: Sequence[_Alone | _Together | _InKernel] = ()
 
     def positions(self) -> Ids:
         """Return each token's position in its sequence: int64 (tokens,)."""
@@ -60,14 +58,14 @@ class PackedSequences:
             call.attend(layer, qkv, form, out)
         return out[None]
 
-    def _plan(self, device: torch.device, call_keys: float) -> Sequence[_Alone | _Together | VarlenCall]:
+    def _plan(self, device: torch.device, call_keys: float) -> Sequence[_Alone | _Together | _InKernel]:
         starts = np.cumsum([0, *self.counts[:-1]]).tolist()
         parts = [
-            Part(cache, cache.reserve(cache.length + count), start, count)
+            _Part(cache, cache.reserve(cache.length + count), start, count)
             for cache, start, count in zip(self.caches, starts, self.counts, strict=True)
         ]
         if self._kernel is not None and len(parts) > 1:
-            return [self._kernel.call(parts)]
+            return [_InKernel(parts, self._kernel)]
         groups: list[_Neighbours] = []
         for part in sorted(parts, key=lambda part: (id(part.buffer.slab), part.buffer.slot)):
             group = _Neighbours([part], part.cache.length + part.size, part.size)
@@ -78,7 +76,7 @@ class PackedSequences:
         return [_Alone(group.parts[0]) if len(group.parts) == 1 else _Together(group, device) for group in groups]
 
 
-class Part(NamedTuple):
+class _Part(NamedTuple):
     """A sequence's part in a pass: `size` tokens from `start` on."""
 
     cache: KVCache
@@ -90,7 +88,7 @@ class Part(NamedTuple):
 class _Neighbours(NamedTuple):
     """Parts in rising slots of one slab. keys, queries: the most that one of them has."""
 
-    parts: list[Part]
+    parts: list[_Part]
     keys: int
     queries: int
 
@@ -116,7 +114,7 @@ class _Neighbours(NamedTuple):
 class _Alone:
     """A sequence that attends by itself."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: _Part) -> None:
         self._part = part
         self._masks: dict[tuple[int | None, torch.device], torch.Tensor] = {}
 
@@ -139,11 +137,10 @@ class _Alone:
 
     def _mask(self, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
         """Return which keys each token attends to: bool (tokens, keys)."""
-        mask = self._masks.get((window, device))
-        if mask is None:
+        if (window, device) not in self._masks:
             positions = torch.arange(keys - self._part.size, keys, device=device)
-            mask = self._masks[window, device] = causal_mask(positions, keys, window)
-        return mask
+            self._masks[window, device] = causal_mask(positions, keys, window)
+        return self._masks[window, device]
 
 
 class _Together:
@@ -200,3 +197,35 @@ class _Together:
                     mask = mask.repeat(1, 1, groups, 1)
             self._masks[window] = start, mask
         return self._masks[window]
+
+
+class _InKernel:
+    """All sequences of a forward pass in one call of a kernel, which takes the keys of all of them in one row."""
+
+    def __init__(self, parts: Sequence[_Part], kernel: VarlenKernel) -> None:
+        self._parts = parts
+        self._kernel = kernel
+        self._lengths: dict[torch.device, Lengths] = {}
+
+    def attend(self, layer: int, qkv: QueryKeyValue, form: AttentionForm, out: torch.Tensor) -> None:
+        """Write what their tokens attend to. out: (tokens, query heads, head dimension)."""
+        query, key, value = qkv
+        pairs = [
+            part.cache.append(layer, *(tensor[0, :, part.start : part.start + part.size] for tensor in (key, value)))
+            for part in self._parts
+        ]
+        keys, values = (
+            torch.cat([tensor.transpose(0, 1) for tensor in tensors]) for tensors in zip(*pairs, strict=True)
+        )
+        packed = query[0].transpose(0, 1).contiguous()
+        out.copy_(self._kernel.attend(packed, keys, values, self._lengths_on(query.device), form))
+
+    def _lengths_on(self, device: torch.device) -> Lengths:
+        if device not in self._lengths:
+            queries = [part.size for part in self._parts]
+            keys = [part.cache.length + part.size for part in self._parts]
+            query_ends, key_ends = (
+                torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32, device=device) for sizes in (queries, keys)
+            )
+            self._lengths[device] = Lengths(query_ends, key_ends, max(queries), max(keys))
+        return self._lengths[device]

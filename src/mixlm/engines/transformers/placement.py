@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from pathlib import Path
-from traceback import walk_tb
 from typing import Any
 
+import torch
+from huggingface_hub import get_local_safetensors_metadata
+from huggingface_hub.errors import NotASafetensorsRepoError
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
 from mixlm.choices import QUANTIZATIONS
-from mixlm.engines.registry import EngineSpec
-from mixlm.engines.tokenizer_setup import error_summary, remote_code_error
-from mixlm.errors import ConfigError, MixlmError, ModelLoadError, did_you_mean
+from mixlm.engines.base import EngineSpec
+from mixlm.engines.transformers.model_loading import load_error, parse_device
+from mixlm.errors import ConfigError, MixlmError, did_you_mean
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _OFFLOAD = "disk"
@@ -20,16 +22,22 @@ _OFFLOAD = "disk"
 _QUANTIZED_BYTES = {"bitsandbytes-4bit": 0.5625, "bitsandbytes-8bit": 1.0, "torchao-int8": 1.0}
 
 
-def loading_options(spec: EngineSpec, dtype: Any, device: Any) -> dict[str, Any]:
+def loading_options(spec: EngineSpec, dtype: Any, device: Any, empty: Callable[[], Any]) -> dict[str, Any]:
     """Return the keywords of `from_pretrained` that say where and how a member is loaded.
 
+    Args:
+        spec: what is loaded.
+        dtype: torch's, of the weights that are not quantised.
+        device: torch's, where there is no device map.
+        empty: makes the model without weights, see `empty_model`, which a table of layers must fit.
+
     Raises:
-        ConfigError: A device is not there, or options exclude each other.
+        ConfigError: A device is not there, or options exclude each other or do not fit the model.
         MixlmError: A library is missing.
     """
-    options: dict[str, Any] = {"device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if spec.device_map is not None:
-        options["device_map"] = parse_device_map(spec)
+        options["device_map"] = _device_map(spec, empty)
     if spec.max_memory is not None:
         if not isinstance(spec.device_map, str):
             raise ConfigError("max_memory is given, and device_map does not choose devices", "use --device-map auto")
@@ -37,22 +45,12 @@ def loading_options(spec: EngineSpec, dtype: Any, device: Any) -> dict[str, Any]
     if spec.attn is not None:
         options["attn_implementation"] = spec.attn
     if spec.quantization is not None:
-        options["quantization_config"] = quantization_config(spec.quantization, dtype)
+        options["quantization_config"] = _quantization_config(spec.quantization, dtype)
     return options
 
 
-def checked_options(source: str, spec: EngineSpec, dtype: Any, device: Any) -> dict[str, Any]:
-    """Return what `loading_options` does, with a device map that fits the model. Raises what `planned_memory` does."""
-    options = loading_options(spec, dtype, device)
-    if isinstance(options["device_map"], dict) and spec.device_map is not None:
-        empty = empty_model(source, spec)
-        check_device_map(options["device_map"], empty, spec.name)
-        options["device_map"] = expanded_device_map(options["device_map"], empty)
-    return options
-
-
-def parse_device_map(spec: EngineSpec) -> str | dict[str, Any]:
-    """Return a member's device map as accelerate takes it. Raises ConfigError for what is not there."""
+def _device_map(spec: EngineSpec, empty: Callable[[], Any]) -> str | dict[str, Any]:
+    """Return a member's device map as accelerate takes it."""
     device_map = spec.device_map
     if spec.device != "auto":
         raise ConfigError(
@@ -67,19 +65,17 @@ def parse_device_map(spec: EngineSpec) -> str | dict[str, Any]:
                 did_you_mean(device_map, _STRATEGIES) or "for one device, use --device cpu",
             )
         return device_map
-    placed: dict[str, Any] = {}
-    for module, name in device_map or ():
-        placed[module] = name if name == _OFFLOAD else _present_device(name, f"device_map[{module!r}]")
-    return placed
+    places = {
+        module: name if name == _OFFLOAD else str(_present_device(name, f"device_map[{module!r}]"))
+        for module, name in device_map or ()
+    }
+    model = empty()
+    _check_device_map(places, model, spec.name)
+    return _expanded(places, model)
 
 
-def quantization_config(name: str, dtype: Any) -> Any:
-    """Return transformers' configuration for weights that are quantised when they are loaded.
-
-    Raises:
-        ConfigError: There is no such quantisation.
-        MixlmError: Its library is missing.
-    """
+def _quantization_config(name: str, dtype: Any) -> Any:
+    """Return transformers' configuration for weights that are quantised when they are loaded."""
     if name not in QUANTIZATIONS:
         raise ConfigError(
             f"quantization is {name!r}; it must be one of {', '.join(QUANTIZATIONS)}",
@@ -88,8 +84,6 @@ def quantization_config(name: str, dtype: Any) -> Any:
     library = name.partition("-")[0]
     if find_spec(library) is None:
         raise MixlmError(f"quantization {name} needs {library}", f"install: pip install {library}")
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
     if name == "bitsandbytes-8bit":
         if str(dtype) == "torch.float32":
             raise ConfigError(
@@ -104,36 +98,18 @@ def quantization_config(name: str, dtype: Any) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def fetch_revision(hub_id: str, revision: str, *, weights: bool = True) -> str:
-    """Return the folder of a revision of a hub id, fetched where it is not in the cache. Raises ModelLoadError.
-
-    weights: whether they are fetched too, not only what describes the model.
-    """
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", *(["*.safetensors"] if weights else [])]
-    try:
-        folder: str = snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
-    except Exception as error:
-        raise ModelLoadError(
-            f"revision {revision!r} of {hub_id} cannot be fetched: {error_summary(error)}",
-            "give a branch, a tag or a commit of the repository",
-        ) from error
-    return folder
-
-
-def planned_memory(source: str, spec: EngineSpec, dtype: Any, device: Any) -> dict[str, int]:
+def planned_memory(model: Any, source: str, spec: EngineSpec, dtype: Any, device: Any) -> dict[str, int]:
     """Return the bytes of weights that loading will take on each device, from the model's configuration alone.
 
     Files that are quantised already are counted by their size, where they are on this machine. The KV cache and
     activations come on top.
 
-    Raises:
-        ConfigError: The device map does not fit the model.
-        ModelLoadError: The configuration cannot be read.
+    Args:
+        model: without weights, see `empty_model`.
+        source: its folder or hub id.
+        spec, dtype, device: as for `loading_options`, which also says what is raised.
     """
-    options = loading_options(spec, dtype, device)
-    model = empty_model(source, spec)
+    options = loading_options(spec, dtype, device, lambda: model)
     sizes = _parameter_sizes(model, spec.quantization, dtype)
     if getattr(model.config, "quantization_config", None) is not None:
         sizes = _file_sizes(source) or sizes
@@ -147,7 +123,6 @@ def planned_memory(source: str, spec: EngineSpec, dtype: Any, device: Any) -> di
         if device_map != "sequential":
             limits = get_balanced_memory(model, limits, no_split, dtype=dtype, low_zero=device_map == "balanced_low_0")
         device_map = infer_auto_device_map(model, limits, no_split, dtype=dtype)
-    check_device_map(device_map, model, spec.name or spec.model)
     memory: dict[str, int] = {}
     for name, size in sizes.items():
         place = device_map.get(_owner(name, device_map), device)  # files may hold what the model has no place for
@@ -156,14 +131,15 @@ def planned_memory(source: str, spec: EngineSpec, dtype: Any, device: Any) -> di
     return memory
 
 
-def check_device_map(device_map: Mapping[str, Any], model: Any, name: str) -> None:
+def _check_device_map(device_map: Mapping[str, Any], model: Any, name: str) -> None:
     """Raise ConfigError for a device map with a module that the model lacks, or without a place for some weight."""
     modules = [module for module, _ in model.named_modules()]
     weights = [weight for weight, _ in model.named_parameters(remove_duplicate=False)]
     if unknown := [key for key in device_map if key not in modules and key not in weights]:
+        example = next((module for module in modules if module.endswith(".0")), modules[-1])
         raise ConfigError(
             f"device_map has {unknown[0]!r}, and {name} has no module of that name",
-            did_you_mean(unknown[0], modules) or f"its layers are {_example_module(modules)} and so on",
+            did_you_mean(unknown[0], modules) or f"its layers are {example} and so on",
         )
     if homeless := [weight for weight in weights if _owner(weight, device_map) is None]:
         raise ConfigError(
@@ -172,7 +148,7 @@ def check_device_map(device_map: Mapping[str, Any], model: Any, name: str) -> No
         )
 
 
-def expanded_device_map(device_map: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def _expanded(device_map: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """Return a device map in which no key lies below another: accelerate would load the weights of both twice."""
     expanded: dict[str, Any] = {}
 
@@ -191,16 +167,8 @@ def expanded_device_map(device_map: Mapping[str, Any], model: Any) -> dict[str, 
     return {name: device for name, device in expanded.items() if device is not None}
 
 
-def _example_module(modules: Sequence[str]) -> str:
-    """Return the name of a model's first layer."""
-    return next((module for module in modules if module.endswith(".0")), modules[-1])
-
-
 def empty_model(source: str, spec: EngineSpec) -> Any:
     """Return a model without weights, on the meta device. Raises ModelLoadError."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=spec.trust_remote_code)
         with torch.device("meta"):
@@ -211,56 +179,30 @@ def empty_model(source: str, spec: EngineSpec) -> Any:
     return model
 
 
-def load_error(spec: EngineSpec, error: Exception) -> ModelLoadError:
-    """Return the error for a model that transformers cannot load; each family fails in its own way."""
-    name = spec.name or spec.model
-    if "trust_remote_code" in str(error):
-        return remote_code_error(name)
-    reason = error_summary(error)
-    hint = "give the whole folder of a causal language model"
-    if given := [option for option in spec.loading_options if option != "revision"]:  # that is not to blame
-        hint = f"leave out {' and '.join(given)}, or change it"
-    if "Weights only load failed" in reason:
-        reason, hint = "its files of weights hold Python objects, which are not run", "give a folder with safetensors"
-    for frame, _ in walk_tb(error.__traceback__):  # transformers says that there are such errors, and not which
-        if errors := getattr(frame.f_locals.get("loading_info"), "conversion_errors", None):
-            reason = f"its files do not hold what {', '.join(sorted(errors)[:3])} is made of"
-            hint = "a file of the model may be missing, or its config.json and its weights are not of one model"
-    return ModelLoadError(f"{name} cannot be loaded: {reason}", hint)
-
-
 def _parameter_sizes(model: Any, quantization: str | None, dtype: Any) -> dict[str, int]:
     """Return the bytes that each parameter will take."""
-    import torch
-
     output = model.get_output_embeddings()
     linear = {
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not output
     }
-    size = torch.empty(0, dtype=dtype).element_size()
     return {
-        name: int(parameter.numel() * (_QUANTIZED_BYTES[quantization] if quantization and name in linear else size))
+        name: int(
+            parameter.numel() * (_QUANTIZED_BYTES[quantization] if quantization and name in linear else dtype.itemsize)
+        )
         for name, parameter in model.named_parameters()
     }
 
 
 def _file_sizes(folder: str) -> dict[str, int]:
-    """Return the bytes of each tensor in the safetensors files that transformers reads from a folder."""
-    sizes: dict[str, int] = {}
-    index = Path(folder, "model.safetensors.index.json")
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    for file in filter(Path.is_file, (Path(folder, name) for name in names)):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                start, end = tensor["data_offsets"]
-                sizes[name] = end - start
-    return sizes
+    """Return the bytes of each tensor in the safetensors files of a folder; none where not all of them are there."""
+    try:
+        files = get_local_safetensors_metadata(folder).files_metadata.values()
+    except (FileNotFoundError, NotASafetensorsRepoError):
+        return {}
+    tensors = [item for file in files for item in file.tensors.items()]
+    return {name: tensor.data_offsets[1] - tensor.data_offsets[0] for name, tensor in tensors}
 
 
 def _owner(name: str, device_map: Mapping[str, Any]) -> str | None:
@@ -271,8 +213,8 @@ def _owner(name: str, device_map: Mapping[str, Any]) -> str | None:
 
 def _device_key(name: str) -> int | str:
     """Return a device as accelerate's `max_memory` names it: an index for a GPU."""
-    kind, _, index = _present_device(name, "max_memory").partition(":")
-    return kind if kind == "cpu" else int(index or 0)
+    device = _present_device(name, "max_memory")
+    return device.type if device.type == "cpu" else device.index or 0
 
 
 def _memory_bytes(name: str, size: str) -> int:
@@ -287,12 +229,9 @@ def _memory_bytes(name: str, size: str) -> int:
         ) from error
 
 
-def _present_device(name: str | int, place: str) -> str:
-    """Return a device's name. Raises ConfigError for one that is not there."""
-    from mixlm.engines.transformers.model_loading import parse_device
-
-    text = f"cuda:{name}" if str(name).isdigit() else str(name)
+def _present_device(name: str | int, place: str) -> torch.device:
+    """Return a device. Raises ConfigError for one that is not there. place: what is wrong, for the message."""
     try:
-        return str(parse_device(text))
+        return parse_device(f"cuda:{name}" if str(name).isdigit() else str(name))
     except ConfigError as error:
         raise ConfigError(f"{place}: {error.message}", error.hint) from error

@@ -12,7 +12,10 @@ import inspect
 from collections.abc import Hashable
 from contextlib import suppress
 from functools import partial
+from itertools import groupby
 from typing import Any
+
+import torch
 
 
 class PositionFrequencies:
@@ -43,17 +46,10 @@ class PositionFrequencies:
         Returns:
             Of each part, the length of its longest prefix, and how many prefixes it has.
         """
-        parts: list[tuple[int, int]] = []
-        for end in range(length - last + 1, length + 1):
-            if parts and self.regime(end) == self.regime(parts[-1][0]):
-                parts[-1] = end, parts[-1][1] + 1
-            else:
-                parts.append((end, 1))
-        return parts
+        groups = [list(ends) for _, ends in groupby(range(length - last + 1, length + 1), self.regime)]
+        return [(ends[-1], len(ends)) for ends in groups]
 
     def _forward(self, module: Any, x: Any, position_ids: Any, *args: Any, **options: Any) -> Any:
-        import torch
-
         decorated = type(module).forward
         # Dynamic frequencies forget a longer sequence only when a short one comes.
         for longest in (0, self.length - 1):
@@ -68,8 +64,6 @@ def unknown_frequencies(model: Any, longest: int) -> str | None:
         model: The model.
         longest: How many positions it has.
     """
-    import torch
-
     for module in model.modules():
         if "rotary" not in type(module).__name__.lower() or _rules(module):
             continue

@@ -12,64 +12,35 @@ apart. The state of a recurrent layer is that of one length, so there a text is 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
+import torch
 
 from mixlm.engines.base import common_prefix
+from mixlm.engines.transformers.kv_cache import KVCache, Segment
 from mixlm.errors import is_memory_error
 from mixlm.types import Ids
 
 if TYPE_CHECKING:
-    import torch
-
-    from mixlm.engines.transformers.kv_cache import KVCache
     from mixlm.engines.transformers.snapshot_cache import SnapshotCache
 
     SequenceCache: TypeAlias = KVCache | SnapshotCache  # what a sequence keeps between its forward passes
 
 MIN_TOKENS = 16  # fewer are neither kept by themselves nor looked for
 
-LayerTensors = dict[int, "tuple[torch.Tensor, torch.Tensor]"]  # keys and values, (KV heads, n, head dimension) each
 
-
-class Segment(NamedTuple):
-    """What a cache holds of successive tokens. state: of the recurrent layers behind the last one, None if unknown."""
-
-    tokens: int
-    layers: LayerTensors
-    state: Any = None
-    state_bytes: int = 0
-
-    def cut(self, start: int, end: int) -> Segment:
-        """Return the tokens from `start` to `end` as views, with the state if the last one is among them."""
-        layers = {layer: (keys[:, start:end], values[:, start:end]) for layer, (keys, values) in self.layers.items()}
-        return Segment(end - start, layers, *((self.state, self.state_bytes) if end == self.tokens else ()))
-
-    def copy(self) -> Segment:
-        """Return the same with keys and values of its own."""
-        return self._replace(
-            layers={layer: (keys.clone(), values.clone()) for layer, (keys, values) in self.layers.items()}
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of it."""
-        tensors = [tensor for pair in self.layers.values() for tensor in pair]
-        return self.state_bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
+@dataclass(eq=False)
 class _Node:
     """Some tokens behind those of its parent. used: when it was last loaded or inserted, as a number that rises."""
 
-    def __init__(self, ids: Ids, segment: Segment, parent: _Node | None, used: int) -> None:
-        self.ids = ids
-        self.segment = segment
-        self.parent = parent
-        self.children: dict[int, _Node] = {}  # by their first token
-        self.used = used
+    ids: Ids
+    segment: Segment
+    parent: _Node | None = None
+    used: int = 0
+    children: dict[int, _Node] = field(default_factory=dict)  # by their first token
 
 
 class PrefixCache:
@@ -91,22 +62,18 @@ class PrefixCache:
         with self._lock:
             return sum(part for _, part in self._path(key, ids, has_state))
 
-    def load(self, key: Hashable, ids: Ids, cache: SequenceCache, is_worthwhile: Callable[[int], bool]) -> int:
-        """Fill a new cache with the longest prefix of `ids` that is kept, if its length is worth it.
+    def load(self, key: Hashable, ids: Ids, cache: SequenceCache, least: int = 1) -> int:
+        """Fill a new cache with the longest prefix of `ids` that is kept, if that has `least` tokens.
 
         Returns:
             Its length. Where it is 0, the cache is of no use: memory may have run out while it was filled.
         """
-        import torch
-
         with self._lock:
             path = self._path(key, ids, cache.has_state)
             length = sum(part for _, part in path)
-            if not is_worthwhile(length):
+            if length < least:
                 return 0
-            now = next(self._clock)
-            for node, _ in path:
-                node.used = now
+            self._use(path)
             try:
                 with torch.inference_mode():
                     cache.load([node.segment.cut(0, part) for node, part in path], length)
@@ -126,8 +93,6 @@ class PrefixCache:
             cache: that has run them.
             wait: for other threads that use the tree; else nothing is kept while one does.
         """
-        import torch
-
         if not self._lock.acquire(blocking=wait):
             return
         try:
@@ -172,35 +137,34 @@ class PrefixCache:
                 break
         return path
 
-    def _insert(self, key: Hashable, ids: Ids, cache: SequenceCache) -> None:
+    def _use(self, path: list[tuple[_Node, int]]) -> int:
+        """Note that nodes are used now. Returns the time of it."""
         now = next(self._clock)
-        path = self._walk(key, ids)
         for node, _ in path:
             node.used = now
-        done = sum(part for _, part in path)
-        last, part = path[-1] if path else (None, 0)
-        known = done == len(ids) and (not cache.has_state or (last is not None and self._ends_with_state(last, part)))
-        if known or (len(ids) - done < MIN_TOKENS and not (cache.has_state and done == len(ids))):
-            return
-        parent = self._split(last, part) if last is not None else self._root(key)
-        if done == len(ids):
-            state = cache.copy_segment(done, done)
-            parent.segment = parent.segment._replace(state=state.state, state_bytes=state.state_bytes)
-            self.nbytes += state.state_bytes
-        else:
+        return now
+
+    def _insert(self, key: Hashable, ids: Ids, cache: SequenceCache) -> None:
+        path = self._walk(key, ids)
+        now, done = self._use(path), sum(part for _, part in path)
+        if done < len(ids):
+            if len(ids) - done < MIN_TOKENS:
+                return
+            parent = (
+                self._split(*path[-1]) if path else self._roots.setdefault(key, _Node(ids[:0].copy(), Segment(0, {})))
+            )
             segment = cache.copy_segment(done, len(ids))
             if segment.nbytes > self.max_bytes:
                 return
             parent.children[int(ids[done])] = _Node(ids[done:].copy(), segment, parent, now)
             self.nbytes += segment.nbytes
+        elif cache.has_state:
+            node = self._split(*path[-1])
+            if node.segment.state is None:
+                end = cache.copy_segment(done, done)
+                node.segment = node.segment._replace(state=end.state, state_bytes=end.state_bytes)
+                self.nbytes += end.state_bytes
         self._evict()
-
-    def _root(self, key: Hashable) -> _Node:
-        return self._roots.setdefault(key, _Node(np.zeros(0, dtype=np.int64), Segment(0, {}), None, 0))
-
-    @staticmethod
-    def _ends_with_state(node: _Node, part: int) -> bool:
-        return part == len(node.ids) and node.segment.state is not None
 
     def _split(self, node: _Node, part: int) -> _Node:
         """Divide a node behind its first tokens. Returns the node of these: itself where there is nothing to divide."""

@@ -1,30 +1,35 @@
-"""Forward passes of a transformers model: of one sequence or of many at once, each behind a KV cache of its own."""
+"""The sequences of a transformers model, and its forward passes: of one sequence or of many at once.
+
+Each sequence has a KV cache of its own, and each pass runs what its sequences lack behind them.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
+import torch
 
 from mixlm.engines.base import Session, common_prefix, respond
 from mixlm.engines.batching import SequenceInput, SequenceOutput, respond_batched
-from mixlm.engines.requests import ForwardRequest, Response
-from mixlm.engines.transformers import self_test
+from mixlm.engines.requests import Forward, ForwardRequest, Response
+from mixlm.engines.transformers.kv_cache import KVBufferPool, KVCache, SlabError
 from mixlm.engines.transformers.loaded_model import LoadedModel
+from mixlm.engines.transformers.packed_sequences import PackedSequences
 from mixlm.engines.transformers.prefix_cache import MIN_TOKENS, PrefixCache
-from mixlm.engines.transformers.session import HFSession
 from mixlm.errors import is_memory_error, memory_errors
-from mixlm.types import Ids, Logits, LogitsRow
+from mixlm.types import Floats, Ids, Logits, LogitsRow
 
 if TYPE_CHECKING:
     from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
     from mixlm.engines.transformers.device_topk import DeviceTopK
     from mixlm.engines.transformers.prefix_cache import SequenceCache
-    from mixlm.engines.transformers.run_ahead import DeviceSampler
+    from mixlm.engines.transformers.run_ahead import DeviceSampler, RunAhead
     from mixlm.engines.transformers.varlen import VarlenKernel
 
 # Of one forward pass. A longer prompt is prefilled in chunks, so that the attention scores of all its positions never
@@ -38,6 +43,8 @@ RUN_AHEAD_COOLDOWN = 16
 _STEPS = 16
 _SLOTS = 16  # KV buffers that lie side by side on a CPU
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+Result = TypeVar("Result")
 
 
 class ForwardPath(StrEnum):
@@ -55,47 +62,164 @@ class ForwardPath(StrEnum):
     WHOLE = "one whole text"
 
 
+class HFSession(Session):
+    """One sequence. The KV cache keeps every position, also where the model attends to a window: text may roll back."""
+
+    def __init__(self, runner: ModelRunner, context_length: int = 1 << 20) -> None:
+        super().__init__(context_length)
+        self._runner = runner
+        self.keeps_cache = runner.keeps_cache
+        self.run_ahead: RunAhead | None = None
+        self._regime: Hashable = None  # of the cache
+        self.cache: Any = runner.new_cache()  # a `SequenceCache`: `KVCache` where sequences are packed
+
+    @property
+    def has_run_ahead(self) -> bool:
+        """Whether forward passes ran that have not been requested yet."""
+        return bool(self.run_ahead)
+
+    def drop_run_ahead(self) -> None:
+        """Drop what ran ahead."""
+        self.stats.wasted += len(self.run_ahead or ())
+        self.run_ahead = None
+
+    def cached_tokens(self, ids: Ids, last: int = 1) -> int:
+        """Return how many tokens of `ids` are in its KV cache, or in those that other sequences left."""
+        runner, wanted = self._runner, ids[: len(ids) - last]
+        regime, cached = runner.regime(len(ids)), 0
+        if regime == self._regime:
+            cached = int(self.cache.nearest(super().cached_tokens(ids, last)))
+        if runner.prefixes is not None and len(wanted) - cached >= MIN_TOKENS:
+            shared = runner.prefixes.match((runner.adapter, regime), wanted, has_state=self.cache.has_state)
+            cached = shared if shared - cached >= MIN_TOKENS else cached
+        return cached if cached >= runner.least_cached(len(ids)) else 0
+
+    def can_chunk(self, ids: Ids) -> bool:
+        """Whether a prefix can be prefilled first; with frequencies that depend on the length, only a whole text."""
+        return self._runner.chunks and self._runner.frequencies is None
+
+    def rollback(self, ids: Ids, last: int = 1) -> int | None:
+        """Cut the KV cache as `Session.rollback` does; all of it where the position frequencies are others."""
+        if (regime := self._runner.regime(len(ids))) != self._regime:
+            self.reset()
+            self._regime = regime
+        self._load_prefix(ids, last)
+        cached = super().rollback(ids, last)
+        if cached and cached < self._runner.least_cached(len(ids)):
+            self.reset()
+            return 0
+        return cached
+
+    def _load_prefix(self, ids: Ids, last: int) -> None:
+        """Take what other sequences left of a text, where that is enough more than this one has."""
+        runner = self._runner
+        if runner.prefixes is None or not 1 <= last <= len(ids) <= self.context_length:
+            return
+        wanted = ids[: len(ids) - last]
+        cached = int(self.cache.nearest(common_prefix(self._cached.ids, wanted)))
+        if len(wanted) - cached < MIN_TOKENS:
+            return
+        cache, least = runner.new_cache(), max(cached + MIN_TOKENS, runner.least_cached(len(ids)))
+        # A forward pass that runs out of memory in another thread frees some and tries again: it needs that itself.
+        with runner.loaded.lock:
+            length = runner.prefixes.load((runner.adapter, self._regime), wanted, cache, least)
+        if length:
+            self.reset()
+            self.cache = cache
+            self._cached.replace_tail(0, wanted[:length])
+            self.stats.cached_tokens += length - cached
+
+    def record(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
+        """Record a forward pass; what a long one has run is kept for other sequences at once."""
+        super().record(ids, logits, forward)
+        if forward.tokens >= MIN_TOKENS:
+            self._insert_prefix()
+
+    def close(self) -> None:
+        """Free the KV cache; what it has run is kept for others."""
+        self._insert_prefix()
+        self.reset()
+
+    def __del__(self) -> None:
+        # At the end of the process the names of a module may be gone before its objects.
+        if sys is None or sys.is_finalizing() or not hasattr(self, "cache"):
+            return
+        # A CUDA graph must not record the copies of a collected session.
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            # Whoever collects garbage may be using the texts that are kept: it must not wait for itself.
+            self._insert_prefix(wait=False)
+
+    def _insert_prefix(self, *, wait: bool = True) -> None:
+        prefixes, cache = self._runner.prefixes, self.cache
+        if prefixes is not None:
+            for length in cache.lengths():
+                if 0 < length <= self.num_cached:
+                    prefixes.insert((self._runner.adapter, self._regime), self._cached.ids[:length], cache, wait=wait)
+
+    def logits(self, ids: Ids, last: int = 1) -> Logits:
+        """Return the logits after each of the last prefixes, those of each regime of frequencies by themselves."""
+        frequencies = self._runner.frequencies
+        if frequencies is None or not 1 <= last <= len(ids):
+            return super().logits(ids, last)
+        rows, hidden = [], []
+        for end, count in frequencies.parts(len(ids), last):
+            rows.append(super().logits(ids[:end], count))
+            if self.hidden_states is not None:
+                hidden.append(self.hidden_states[-count:])
+        if hidden:
+            self.hidden_states = np.concatenate(hidden)
+        return np.concatenate(rows)
+
+    def truncate(self, length: int) -> int:
+        """Cut the KV cache to its first `length` tokens."""
+        self.drop_run_ahead()
+        if length == 0:
+            self.cache = self._runner.new_cache()
+            return 0
+        return int(self.cache.truncate(length))
+
+    def forward(self, ids: Ids, last: int) -> Logits:
+        """Run `ids` behind the KV cache."""
+        [logits] = self._runner.run([SequenceInput(self, ids, last)])
+        return cast("Logits", logits)  # as without a filter
+
+    def log_normalizers(self, logits: Logits) -> Floats:
+        """Return log Σ exp of each row, on all cores."""
+        sums: Floats = torch.from_numpy(logits).logsumexp(dim=1).double().numpy()
+        return sums
+
+
 class ModelRunner:
     """Runs the forward passes of a loaded model with one adapter, or with none; `load_trial` makes it.
 
+    adapter: what is applied to the model. graphs: passes in fixed shapes, where they are used. sampler: samples on the
+    device, where sequences run ahead; run_ahead_depth: by how many positions. prefixes: texts that are kept for other
+    sequences. path_details: for reports, where passes do not run as those of most models do.
+
     Args:
         loaded: the model.
-        name: of the model, for messages.
         path: how passes run.
         kernel: attends to several sequences in one call, where there is one.
-        graphs: passes in fixed shapes, where they are used.
-        sampler: samples on the device, where sequences run ahead.
-        details: for reports, such as why the faster paths are not used.
     """
 
-    def __init__(  # noqa: PLR0913 - one option each
-        self,
-        loaded: LoadedModel,
-        name: str,
-        path: ForwardPath,
-        *,
-        kernel: VarlenKernel | None = None,
-        graphs: CudaGraphRunner | None = None,
-        sampler: DeviceSampler | None = None,
-        details: Mapping[str, str] | None = None,
-    ) -> None:
-        from mixlm.engines.transformers.kv_cache import KVBufferPool
-
+    def __init__(self, loaded: LoadedModel, path: ForwardPath, kernel: VarlenKernel | None = None) -> None:
         self.loaded = loaded
         self.model = loaded.model
-        self.name = name
-        self.adapter: str | None = None
-        self.path = path
         self.frequencies = loaded.frequencies
+        self.path = path
         self.kernel = kernel
-        self.graphs = graphs
-        self.sampler = sampler
+        self.adapter: str | None = None
+        self.graphs: CudaGraphRunner | None = None
+        self.sampler: DeviceSampler | None = None
+        self.run_ahead_depth = 0
         self.prefixes: PrefixCache | None = None
+        self.path_details: dict[str, str] = {}
         self.device_top_k: DeviceTopK | None = None
-        self._details = dict(details or {})
+        self._by_adapter: dict[str | None, ModelRunner] = {}
         self._cooldown = 0
         self._parameters = inspect.signature(self.model.forward).parameters
-        self._pool = KVBufferPool(slots=_SLOTS if _on_cpu(self.model) else 1)
+        on_cpu = {parameter.device.type for parameter in self.model.parameters()} == {"cpu"}
+        self._pool = KVBufferPool(slots=_SLOTS if on_cpu else 1)
         if self.model.device.type == "cuda":
             from mixlm.engines.transformers.device_topk import DeviceTopK
 
@@ -117,24 +241,9 @@ class ModelRunner:
         return self.path not in (ForwardPath.WHOLE, ForwardPath.STEPS)
 
     @property
-    def run_ahead_depth(self) -> int:
-        """How many positions behind the requested one it runs ahead; 0 where it does not."""
-        if self.sampler is None:
-            return 0
-        from mixlm.engines.transformers.run_ahead import DEPTH
-
-        return DEPTH
-
-    @property
-    def max_length(self) -> int:
-        """How many tokens a text may have so that the answers are certain to be equal: as many as attention selects."""
-        selected = self_test.special_lengths(self.model.config).get("index_topk", 0)
-        return selected if selected >= self_test.trial_length(self.model.config) else 1 << 20
-
-    @property
     def details(self) -> dict[str, str]:
         """How it runs forward passes, for reports, where that is not as most models do."""
-        details = {} if self.batches else {"forwards": self.path.value, **self._details}
+        details = dict(self.path_details)
         if self.prefixes is not None:
             details["prefix cache"] = f"up to {self.prefixes.max_bytes / (1 << 20):.4g} MiB"
         if self.kernel is not None:
@@ -155,8 +264,6 @@ class ModelRunner:
 
     def new_cache(self) -> SequenceCache:
         """Return an empty cache for a sequence."""
-        from mixlm.engines.transformers.kv_cache import KVCache
-
         if self.path in (ForwardPath.PACKED, ForwardPath.WHOLE):  # of whole texts, it stays empty
             return KVCache(self._pool if self.graphs is None else self.graphs.pool)
         from transformers import DynamicCache
@@ -166,33 +273,32 @@ class ModelRunner:
         # A cache made from the model's config would drop what leaves a window, and could not be cropped into it.
         return SnapshotCache(DynamicCache() if self.path is ForwardPath.CROPPED else None)
 
-    def begins_anew(self, cached: int, length: int) -> bool:
-        """Whether one pass over a text of `length` tokens takes less time than one for each that is not cached."""
-        return self.path is ForwardPath.STEPS and length - cached > max(_STEPS, length // _STEPS)
+    def least_cached(self, length: int) -> int:
+        """Return how many tokens of a text the cache must hold: with fewer, one pass over the whole takes less time."""
+        return length - max(_STEPS, length // _STEPS) if self.path is ForwardPath.STEPS else 0
 
     def regime(self, length: int) -> Hashable:
         """Return what is equal for lengths of texts that the model counts positions of alike."""
         return None if self.frequencies is None else self.frequencies.regime(length)
 
-    def with_prefix_cache(self, max_bytes: int | None = None) -> ModelRunner:
-        """Return a runner like this one whose sequences share the beginnings of their texts among themselves.
-
-        max_bytes: of what is kept of them, 0 for none; None for as many as here.
-        """
-        runner, kept = copy(self), self.prefixes
-        size = max_bytes if max_bytes is not None else 0 if kept is None else kept.max_bytes
-        runner.prefixes = PrefixCache(size) if size and self.keeps_cache else None
+    def replica(self) -> ModelRunner:
+        """Return a runner like this one that shares no beginnings of texts with it."""
+        runner = copy(self)
+        runner._by_adapter = {}
+        if self.prefixes is not None:
+            runner.prefixes = PrefixCache(self.prefixes.max_bytes)
         return runner
 
     def with_adapter(self, adapter: str | None) -> ModelRunner:
-        """Return the model's runner with an adapter that was added, or without one; one runner for each adapter."""
-        if adapter == self.adapter:
-            return self
-        runner = copy(self)
-        runner.adapter = adapter
-        if self.graphs is not None:
-            runner.graphs = self.graphs.uncaptured()  # captured passes apply the adapter they were captured with
-        return self.loaded.runners.setdefault(adapter, runner)
+        """Return the runner with an adapter that was added, or without one; there is one for each adapter."""
+        runners = self._by_adapter
+        runners[self.adapter] = self
+        if adapter not in runners:
+            runner = runners[adapter] = copy(self)
+            runner.adapter = adapter
+            if self.graphs is not None:
+                runner.graphs = self.graphs.uncaptured()  # captured passes apply the adapter they were captured with
+        return runners[adapter]
 
     def respond(self, requests: Sequence[tuple[Session, ForwardRequest]]) -> list[Response]:
         """Serve requests of several sessions together; what their texts have in common is run once."""
@@ -232,9 +338,9 @@ class ModelRunner:
         responses: list[Response] = [None] * len(requests)
         groups: dict[Hashable, list[int]] = {}
         for index, (session, request) in enumerate(requests):
-            length = len(request.ids)
-            if self.regime(length) == self.regime(length - request.last + 1):
-                groups.setdefault(self.regime(length), []).append(index)
+            regime = self.regime(len(request.ids))
+            if regime == self.regime(len(request.ids) - request.last + 1):
+                groups.setdefault(regime, []).append(index)
             else:
                 responses[index] = respond(session, request)
         for group in groups.values():
@@ -245,11 +351,9 @@ class ModelRunner:
 
     def run(self, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
         """Run what sequences lack, long ones in chunks. Raises MemoryLimitError."""
-        import torch
-
-        with torch.inference_mode(), memory_errors(self.name), self.loaded.using(self.adapter):
+        with torch.inference_mode(), memory_errors(self.loaded.name), self.loaded.using(self.adapter):
             if self.frequencies is not None:
-                self.frequencies.length = max(cast(HFSession, item.session).length_with(item.ids) for item in inputs)
+                self.frequencies.length = max(_session(item).cache.length + len(item.ids) for item in inputs)
             rest = []
             for item in inputs:
                 prefill, size = self._prefill(item)
@@ -261,7 +365,7 @@ class ModelRunner:
 
     def _prefill(self, item: SequenceInput) -> tuple[int, int]:
         """Return how many tokens run before the rest of an input, and how many of them in one pass."""
-        count, cache = len(item.ids), cast(HFSession, item.session).cache
+        count, cache = len(item.ids), _session(item).cache
         if self.prefixes is not None and cache.has_state and count - item.last >= MIN_TOKENS:
             # The next sequence with this text begins at a snapshot, and still has to run the requested positions.
             if self.path is ForwardPath.SNAPSHOTS:
@@ -269,17 +373,11 @@ class ModelRunner:
             return (count - 1, count) if item.last == 1 and not cache.length else (0, 1)
         return (max(count - max(MAX_BATCH_TOKENS, item.last), 0) if self.chunks else 0), MAX_BATCH_TOKENS
 
-    def run_unfiltered(self, inputs: Sequence[SequenceInput]) -> list[Logits]:
-        """Run inputs without filters: float32 (last, vocab) for each. Raises MemoryLimitError."""
-        return [cast("Logits", output) for output in self.run(inputs)]
-
     def _run_batch(self, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
         if any(item.session.keeps_hidden for item in inputs):
             with self.loaded.hidden_states.recording(inputs):
-                logits = self._forward(inputs) if self.batches else self._forward_alone(*inputs)
+                logits = self._forward(inputs)
             return self._transfer(logits, inputs)
-        if not self.batches:
-            return self._transfer(self._forward_alone(*inputs), inputs)
         if len(inputs) > 1:
             self._cooldown = RUN_AHEAD_COOLDOWN
             return self._transfer(self._forward(inputs), inputs)
@@ -291,99 +389,81 @@ class ModelRunner:
             row = self._start_run_ahead(item, logits)
             if row is None:
                 if item.session.has_run_ahead:  # the row is needed whole, but later passes have overwritten the logits
-                    cast(HFSession, item.session).cache.length -= 1
+                    _session(item).cache.length -= 1
                     logits = self._forward([item._replace(ids=item.ids[-1:])])
                 return self._transfer(logits, inputs)
         return [[row]]
 
-    def _forward_alone(self, item: SequenceInput) -> Any:
-        """Run one sequence of a model that cannot run several at once. Returns a tensor (last, vocab)."""
-        import torch
+    def _forward(self, inputs: Sequence[SequenceInput]) -> torch.Tensor:
+        """Run all inputs in one forward pass. Returns the requested logits, (rows, vocab)."""
+        if not self.batches:
+            return self._forward_alone(*inputs)
+        sessions = [_session(item) for item in inputs]
+        for session in sessions:
+            session.drop_run_ahead()
+        caches, counts = [session.cache for session in sessions], [len(item.ids) for item in inputs]
+        alone = len(inputs) == 1 and not sessions[0].keeps_hidden  # a captured pass notes no hidden states
+        if self.graphs is not None and alone and self.graphs.fits(caches[0], counts[0]):
+            return self.graphs.run(caches[0], inputs[0].ids, inputs[0].last)
+        # A copy: the callers' arrays are views of buffers that go on changing.
+        ids = torch.tensor(np.concatenate([item.ids for item in inputs])[None], device=self.model.device)
+        ends = zip(inputs, np.cumsum(counts), strict=True)
+        outputs = np.concatenate([np.arange(end - item.last, end) for item, end in ends])
 
-        cache = cast(HFSession, item.session).cache  # a `SnapshotCache`, unless whole texts run
+        def run() -> torch.Tensor:
+            batch = PackedSequences(caches, counts, self.kernel)
+            result = self.model(
+                input_ids=ids,
+                position_ids=torch.tensor(batch.positions()[None], device=self.model.device),
+                logits_to_keep=torch.tensor(outputs, device=self.model.device),
+                use_cache=False,
+                attention_batch=batch,
+            )
+            batch.commit()  # what a failed pass wrote lies behind the KV caches' lengths
+            logits: torch.Tensor = result.logits[0]
+            return logits
+
+        return self._with_room(run)
+
+    def _forward_alone(self, item: SequenceInput) -> torch.Tensor:
+        """Run one sequence of a model that cannot run several at once. Returns its logits, (last, vocab)."""
+        cache = _session(item).cache  # a `SnapshotCache`, unless whole texts run
         steps = self.path is ForwardPath.STEPS and cache.length > 0
         rows = []
-        for ids in np.split(item.ids, len(item.ids)) if steps else [item.ids]:
-            options: dict[str, Any] = {"use_cache": self.keeps_cache, "logits_to_keep": min(item.last, len(ids))}
+        for part in np.split(item.ids, len(item.ids)) if steps else [item.ids]:
+            ids, count = torch.tensor(part[None], device=self.model.device), len(part)
+            options: dict[str, Any] = {"use_cache": self.keeps_cache, "logits_to_keep": min(item.last, count)}
             if self.keeps_cache:
-                options["position_ids"] = torch.arange(cache.length, cache.length + len(ids), device=self.model.device)[
-                    None
-                ]
+                options["position_ids"] = torch.arange(cache.length, cache.length + count, device=ids.device)[None]
             options = {name: value for name, value in options.items() if name in self._parameters}
-            options["input_ids"] = torch.tensor(ids[None], device=self.model.device)
 
-            def run(options: dict[str, Any] = options) -> Any:
-                return self.model(**options, **({self.cache_name: cache.cache} if self.keeps_cache else {}))
+            def run(ids: torch.Tensor = ids, options: dict[str, Any] = options) -> Any:
+                behind = {self.cache_name: cache.cache} if self.keeps_cache else {}
+                return self.model(input_ids=ids, **options, **behind)
 
             result = self._with_room(run, cache.undo if self.keeps_cache else None)
             if self.keeps_cache:
-                cache.commit(getattr(result, self.cache_name), len(ids))
+                cache.commit(getattr(result, self.cache_name), count)
             rows.append(result.logits[0, -item.last :])
         return torch.cat(rows)[-item.last :]
 
-    def _forward(self, inputs: Sequence[SequenceInput]) -> Any:
-        """Run all inputs in one forward pass. Returns the requested logits, a tensor (rows, vocab)."""
-        import torch
-
-        from mixlm.engines.transformers.packed_sequences import PackedSequences
-
-        sessions = [cast(HFSession, item.session) for item in inputs]
-        for session in sessions:
-            session.drop_run_ahead()
-        counts = [len(item.ids) for item in inputs]
-        alone = len(inputs) == 1 and not sessions[0].keeps_hidden  # a captured pass notes no hidden states
-        if self.graphs is not None and alone and self.graphs.fits(sessions[0].cache, counts[0]):
-            return self.graphs.run(sessions[0].cache, inputs[0].ids, inputs[0].last)
-        # A copy: the callers' arrays are views of buffers that go on changing.
-        device = self.model.device
-        ids = torch.tensor(np.concatenate([item.ids for item in inputs])[None], device=device)
-        batch = PackedSequences([session.cache for session in sessions], counts, self.kernel)
-        ends = zip(inputs, np.cumsum(counts), strict=True)
-        outputs = np.concatenate([np.arange(end - item.last, end) for item, end in ends])
-        options = {
-            "input_ids": ids,
-            "position_ids": torch.tensor(batch.positions()[None], device=device),
-            "logits_to_keep": torch.tensor(outputs, device=device),
-            "use_cache": False,
-        }
-
-        def undo() -> None:  # what the failed pass wrote lies behind the KV caches' lengths
-            nonlocal batch
-            batch = PackedSequences(batch.caches, counts, self.kernel)
-
-        result = self._with_room(lambda: self.model(**options, attention_batch=batch), undo)
-        batch.commit()
-        return result.logits[0]
-
-    def _with_room(self, run: Callable[[], Any], undo: Callable[[], object] | None) -> Any:
+    def _with_room(self, run: Callable[[], Result], undo: Callable[[], object] | None = None) -> Result:
         """Run a pass, and once more if memory runs out and some can be given up. undo: what the first one did."""
         try:
             return run()
+        except SlabError:
+            self._pool.separate()
         except Exception as error:
-            if not self._makes_room(error):
+            if self.prefixes is None or not is_memory_error(error) or not self.prefixes.clear():
                 raise
+            torch.cuda.empty_cache()
         if undo is not None:
             undo()
         return run()
 
-    def _makes_room(self, error: Exception) -> bool:
-        """Give up what sequences can do without, if memory is out. Returns whether a pass may succeed now."""
-        import torch
-
-        from mixlm.engines.transformers.kv_cache import SlabError
-
-        if isinstance(error, SlabError):
-            self._pool.separate()
-            return True
-        if self.prefixes is None or not is_memory_error(error) or not self.prefixes.clear():
-            return False
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return True
-
     def _from_run_ahead(self, item: SequenceInput) -> LogitsRow | None:
         """Return the output for an input that ran ahead, None if it did not."""
-        session = cast(HFSession, item.session)
+        session = _session(item)
         ahead = session.run_ahead
         if not ahead or item.top_k_filter is not ahead.top_k_filter or len(item.ids) > 1:
             return None
@@ -391,13 +471,13 @@ class ModelRunner:
         session.stats.run_ahead += row is not None
         return row
 
-    def _start_run_ahead(self, item: SequenceInput, logits: Any) -> LogitsRow | None:
+    def _start_run_ahead(self, item: SequenceInput, logits: torch.Tensor) -> LogitsRow | None:
         """Run ahead of an input, if it has a hint. Returns its output, None where nothing ran or the row is tied."""
         if self.sampler is None or item.run_ahead is None or item.top_k_filter is None or self._cooldown:
             return None
         from mixlm.engines.transformers.run_ahead import RunAhead
 
-        session = cast(HFSession, item.session)
+        session = _session(item)
         assert self.graphs is not None
         if not RunAhead.is_possible(self.graphs, session.cache, item.top_k_filter, logits.shape[1]):
             return None
@@ -406,8 +486,8 @@ class ModelRunner:
         )
         return session.run_ahead.start(logits, item.run_ahead)
 
-    def _transfer(self, logits: Any, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
-        """Transfer the logits of all inputs, a tensor (rows, vocab), to the host, or as much of them as is needed."""
+    def _transfer(self, logits: torch.Tensor, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
+        """Transfer the logits of all inputs, (rows, vocab), to the host, or as much of them as is needed."""
         ends = np.cumsum([item.last for item in inputs]).tolist()
         if self.device_top_k is None or all(item.top_k_filter is None for item in inputs):
             whole: Logits = logits.float().cpu().numpy()
@@ -417,6 +497,5 @@ class ModelRunner:
         return [own if item.top_k_filter is not None else np.stack(cast("list[Logits]", own)) for item, own in outputs]
 
 
-def _on_cpu(model: Any) -> bool:
-    """Whether all of a model is on the CPU."""
-    return {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+def _session(item: SequenceInput) -> HFSession:
+    return cast(HFSession, item.session)

@@ -1,4 +1,4 @@
-"""Tests of a runner's faster paths when a model is loaded: each must give what forward passes of whole texts give.
+"""Tests of the ways to run a model when it is loaded: each must give what forward passes of whole texts give.
 
 Models differ in what their attention needs and in what they let a caller pass; devices differ in what they can capture.
 So a path is tried out, not derived from the model's name. The text of a trial is a few tokens, but more than the
@@ -9,11 +9,12 @@ text, and as many again for each path that fails.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from mixlm.engines.tokenizer_setup import error_summary
 from mixlm.types import Ids, Logits
@@ -28,28 +29,48 @@ _SPECIAL = re.compile(
     r"window|chunk|original_max_position|local|conv|kernel|block_(size|len)|stride|topk|ratio|compress"
 )
 
+Pairs = Iterable[tuple[Logits, Logits]]  # logits, (n,), of two ways to run a model at the same positions
+
+
+class Tolerance(NamedTuple):
+    """How far two ways to run a model may differ. aggregate: of the total variations at all positions, what counts."""
+
+    largest: float
+    aggregate: Callable[[Sequence[float]], float] = max
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Tolerance:
+        """Return that of ways to run a whole model.
+
+        Below float32 a rounding may choose another expert somewhere; what is computed otherwise differs at most
+        positions.
+        """
+        return cls(EXACT_TOLERANCE) if dtype is torch.float32 else cls(TOLERANCE, mean)
+
+    def distance(self, pairs: Pairs) -> float:
+        """Return how far the distributions of all pairs lie apart."""
+        return self.aggregate([total_variation(*pair) for pair in pairs])
+
 
 def failure(
-    trial: Callable[[], Iterable[tuple[Logits, Logits]]],
-    tolerance: float = TOLERANCE,
-    aggregate: Callable[[Sequence[float]], float] = max,
+    trial: Callable[[], Pairs],
+    tolerance: Tolerance = Tolerance(TOLERANCE),  # noqa: B008 - immutable
     larger: Callable[[], float] | None = None,
 ) -> str | None:
-    """Return why a trial failed; None where its pairs of logits, (n,), give nearly equal distributions.
+    """Return why a trial failed; None where its pairs give nearly equal distributions.
 
     Args:
         trial: Yields the pairs.
-        tolerance: Of the total variation.
-        aggregate: What is compared with the tolerance: of the distances of all pairs, the largest or another figure.
+        tolerance: Of their distance.
         larger: Makes a larger tolerance, where that one is exceeded.
     """
     try:
-        distance = aggregate([total_variation(logits, expected) for logits, expected in trial()])
+        distance = tolerance.distance(trial())
     except NotImplementedError as error:
         return error_summary(error)
     except Exception as error:
         return f"a trial fails: {error_summary(error)}"
-    if distance < tolerance or (larger is not None and distance < larger()):
+    if distance < tolerance.largest or (larger is not None and distance < larger()):
         return None
     return f"its distributions differ from those of whole texts by {distance:.2g}"
 
@@ -58,14 +79,6 @@ def total_variation(a: Logits, b: Logits) -> float:
     """Return the total variation distance of two distributions, given by their logits, (n,)."""
     p, q = (np.exp(x.astype(np.float64) - x.max()) for x in (a, b))
     return float(0.5 * np.abs(p / p.sum() - q / q.sum()).sum())
-
-
-def tolerance_and_aggregate(dtype: Any) -> tuple[float, Callable[[Sequence[float]], float]]:
-    """Return the tolerance of the ways to run a whole model, and what of all distances is compared with it.
-
-    Below float32 a rounding may choose another expert somewhere; what is computed otherwise differs at most positions.
-    """
-    return (EXACT_TOLERANCE, max) if str(dtype) == "torch.float32" else (TOLERANCE, mean)
 
 
 def sample_ids(vocab_size: int, length: int = LENGTH) -> Ids:
@@ -77,19 +90,23 @@ def special_lengths(config: Any) -> dict[str, int]:
     """Return the lengths in a configuration behind which a model may attend otherwise, by their names."""
     lengths: dict[str, int] = {}
 
-    def collect(fields: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    def collect(fields: dict[str, Any]) -> None:
         for key, value in fields.items():
             if isinstance(value, dict):
-                yield from collect(value)
+                collect(value)
             elif isinstance(value, int) and not isinstance(value, bool) and _SPECIAL.search(str(key)):
-                yield str(key), value
+                lengths[str(key)] = max(value, lengths.get(str(key), 0))
 
-    for key, value in collect(config.get_text_config(decoder=True).to_dict()):
-        lengths[key] = max(value, lengths.get(key, 0))
+    collect(config.get_text_config(decoder=True).to_dict())
     return lengths
 
 
 def trial_length(config: Any) -> int:
     """Return how many tokens a trial of a model has: more than each of its special lengths that is short."""
-    short = [length for length in special_lengths(config).values() if length <= _SHORT]
-    return max(LENGTH, *(length * 5 // 4 + 8 for length in short)) if short else LENGTH
+    return max([LENGTH, *(n * 5 // 4 + 8 for n in special_lengths(config).values() if n <= _SHORT)])
+
+
+def max_length(config: Any) -> int:
+    """Return how many tokens a text may have so that the answers are certain to be equal: as many as are selected."""
+    selected = special_lengths(config).get("index_topk", 0)
+    return selected if selected >= trial_length(config) else 1 << 20

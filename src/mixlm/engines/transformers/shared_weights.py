@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mixlm.engines.tokenizer_setup import error_summary
-from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.model_loading import vocabulary_size
+from mixlm.engines.transformers.self_test import Tolerance, sample_ids
 from mixlm.errors import ConfigError, ModelLoadError, UnsupportedError
 
 
@@ -64,14 +64,14 @@ def _is_all(adapted: Any) -> bool:
     begins = [
         i for config in adapted.peft_config.values() for i in getattr(config, "alora_invocation_tokens", None) or ()
     ]
-    tokens = [*self_test.sample_ids(vocabulary_size(base)).tolist(), *begins, 0]
+    tokens = [*sample_ids(vocabulary_size(base)).tolist(), *begins, 0]
     ids = torch.tensor([tokens], device=base.device)
     with torch.inference_mode():
         rows, expected = (
             model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy() for model in (base, adapted)
         )
-    tolerance, aggregate = self_test.tolerance_and_aggregate(base.dtype)
-    return aggregate([self_test.total_variation(*pair) for pair in zip(rows, expected, strict=True)]) < tolerance
+    tolerance = Tolerance.of(base.dtype)
+    return tolerance.distance(zip(rows, expected, strict=True)) < tolerance.largest
 
 
 def _tensors(model: Any) -> Iterator[Any]:

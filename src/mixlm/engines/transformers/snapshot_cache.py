@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from mixlm.engines.transformers.prefix_cache import Segment
+from mixlm.engines.transformers.kv_cache import Segment
 
 MAX_SNAPSHOTS = 12  # of one sequence
 _RECENT = 4  # the last snapshots, which are all kept

@@ -7,17 +7,12 @@ sequence takes eight and runs on a fraction of the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from mixlm.engines.transformers.attention_form import AttentionForm
-
-if TYPE_CHECKING:
-    from mixlm.engines.transformers.kv_cache import QueryKeyValue
-    from mixlm.engines.transformers.packed_sequences import Part
 
 
 class Lengths(NamedTuple):
@@ -39,43 +34,6 @@ class VarlenKernel(NamedTuple):
 
     name: str
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Lengths, AttentionForm], torch.Tensor]
-
-    def call(self, parts: Sequence[Part]) -> VarlenCall:
-        """Return the call for sequences' parts in a forward pass."""
-        return VarlenCall(parts, self)
-
-
-class VarlenCall:
-    """All sequences of a forward pass in one call of a kernel."""
-
-    def __init__(self, parts: Sequence[Part], kernel: VarlenKernel) -> None:
-        self._parts = parts
-        self._kernel = kernel
-        self._lengths: dict[torch.device, Lengths] = {}
-
-    def attend(self, layer: int, qkv: QueryKeyValue, form: AttentionForm, out: torch.Tensor) -> None:
-        """Write what their tokens attend to. out: (tokens, query heads, head dimension)."""
-        query, key, value = qkv
-        pairs = [
-            part.cache.append(layer, *(tensor[0, :, part.start : part.start + part.size] for tensor in (key, value)))
-            for part in self._parts
-        ]
-        keys, values = (
-            torch.cat([tensor.transpose(0, 1) for tensor in tensors]) for tensors in zip(*pairs, strict=True)
-        )
-        packed = query[0].transpose(0, 1).contiguous()
-        out.copy_(self._kernel.attend(packed, keys, values, self._lengths_on(query.device), form))
-
-    def _lengths_on(self, device: torch.device) -> Lengths:
-        lengths = self._lengths.get(device)
-        if lengths is None:
-            queries = [part.size for part in self._parts]
-            keys = [part.cache.length + part.size for part in self._parts]
-            query_ends, key_ends = (
-                torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device) for lengths in (queries, keys)
-            )
-            lengths = self._lengths[device] = Lengths(query_ends, key_ends, max(queries), max(keys))
-        return lengths
 
 
 def _torch_varlen(

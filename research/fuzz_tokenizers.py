@@ -388,7 +388,7 @@ def _check_prompts(own: Tokenizer, encoder: TokenizerEncoder, text: str, rng: Ra
     message = Message("user", text)
     expected = own.encode(render([message]), add_special_tokens=False).ids
     # Models that read words as a whole take special tokens from a text that spells them; a member does not.
-    whole_words = encoder.reads_special_tokens and any(
+    whole_words = (type(own.model).__name__ != "BPE" or own.model.ignore_merges) and any(
         spelling in f"{text}{own.normalizer.normalize_str(text) if own.normalizer else ''}"
         or own.get_added_tokens_decoder()[i].single_word
         or own.get_added_tokens_decoder()[i].normalized

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 from unicodedata import category
 
 import numpy as np
 
-from mixlm.tokenization.lookahead import PatternReach, UnprovableError, escaped
+from mixlm.tokenization.lookahead import PatternReach, Reach, UnprovableError, escaped
 from mixlm.tokenization.vocabulary import SPACE, describe, encode_text, flatten_component, load_component, token_names
 
 # The pattern of ByteLevel, GPT-2's, and that of Whitespace.
@@ -29,32 +29,7 @@ _PREPENDED = frozenset("\u0d4e\U000111c2\U000111c3\U0001193f\U00011941\U00011a3a
 }
 
 
-class Reach(Protocol):
-    """What a stage can read."""
-
-    def limit(self, text: str, end: int) -> int:
-        """Return an offset before which every decision depends on the first `end` characters of the text alone."""
-        ...
-
-    def joins(self, left: str, right: str) -> bool:
-        """Return whether a cut between two adjacent characters may change what the stage does to either side."""
-        ...
-
-
-class _OneByOne:
-    """Reads `ahead` characters from each on, and decides for each by itself."""
-
-    def __init__(self, ahead: int = 0) -> None:
-        self._ahead = ahead
-
-    def limit(self, text: str, end: int) -> int:
-        return max(end - self._ahead, 0)
-
-    def joins(self, left: str, right: str) -> bool:
-        return False
-
-
-class _Counting:
+class _Counting(Reach):
     """What it does depends on all that came before: nothing may be cut off."""
 
     def limit(self, text: str, end: int) -> int:
@@ -64,11 +39,8 @@ class _Counting:
         return True
 
 
-class _UnicodeForm:
+class _UnicodeForm(Reach):
     """A normalization form: a character may be changed by combining ones behind it."""
-
-    def limit(self, text: str, end: int) -> int:
-        return next((i for i in range(end - 1, -1, -1) if not self.joins("", text[i])), 0)
 
     def joins(self, left: str, right: str) -> bool:
         return not right.isascii() and (
@@ -76,17 +48,21 @@ class _UnicodeForm:
         )
 
 
-class _Graphemes:
+class _Graphemes(Reach):
     """Reads clusters of characters: only a space behind a character of no cluster is sure to stand apart."""
-
-    def limit(self, text: str, end: int) -> int:
-        return next((i for i in range(end - 1, 0, -1) if not self.joins(text[i - 1], text[i])), 0)
 
     def joins(self, left: str, right: str) -> bool:
         return right != " " or category(left)[0] in "MC" or left in _PREPENDED
 
 
-class _AddedTokens:
+class _Strip(Reach):
+    """Drops spaces at the ends of the text."""
+
+    def joins(self, left: str, right: str) -> bool:
+        return left.isspace() or right.isspace()
+
+
+class _AddedTokens(Reach):
     """Finds added tokens, which are looked for in a text before anything else is done to it."""
 
     def __init__(self, tokens: Iterable[Any], contents: Iterable[str]) -> None:
@@ -116,16 +92,6 @@ class _AddedTokens:
         return self._whole_words and (not left.isascii() or left.isalnum() or left == "_")
 
 
-class _Strip:
-    """Drops spaces at the ends of the text."""
-
-    def limit(self, text: str, end: int) -> int:
-        return len(text[:end].rstrip())
-
-    def joins(self, left: str, right: str) -> bool:
-        return left.isspace() or right.isspace()
-
-
 class Boundaries:
     """The stable boundaries of a `tokenizers.Tokenizer` that takes no special tokens from text and adds no space.
 
@@ -152,7 +118,7 @@ class Boundaries:
             return
         self._added = _AddedTokens(plain, (token.content for token in plain))
         contents = (self._normalized(token.content) for token in normalized)
-        self._splitters.insert(0, (_AddedTokens(normalized, contents), {}))
+        self._splitters.insert(0, (_AddedTokens(normalized, contents), " "))
         self._one_splitter = len(self._splitters) == 2
         self._normalized_character = lru_cache(4096)(self._normalized)
         self._pairs = None if byte_level else _pairs(tokenizer, names)
@@ -202,9 +168,9 @@ class Boundaries:
                 end -= 1
             text = normalizer.normalize_str(text[:end])
         end = len(text)
-        for reach, spelling in self._splitters:
+        for reach, space in self._splitters:
             end = reach.limit(text, end)
-            text = _respelled(text, spelling)
+            text = text.replace(" ", space)
         return end
 
     def _may_cut(self, left: str, right: str, limit: int, between_words: bool, split: bool) -> bool:
@@ -226,11 +192,11 @@ class Boundaries:
         if not left or not right or len(left) >= limit:
             return False
         last, first = left[-1], right[0]
-        for number, (reach, spelling) in enumerate(self._splitters):
+        for number, (reach, space) in enumerate(self._splitters):
             # A cut that the only splitter makes itself is one that it may make.
             if not (split and self._one_splitter and number) and reach.joins(last, first):
                 return False
-            last, first = _respelled(last, spelling), _respelled(first, spelling)
+            last, first = last.replace(" ", space), first.replace(" ", space)
         last, first = last.replace(SPACE, " "), first.replace(SPACE, " ")
         return between_words or self._are_apart(last, first)
 
@@ -241,17 +207,12 @@ class Boundaries:
 
     def _are_apart(self, last: str, first: str) -> bool:
         """Return whether no token of the model has two adjacent characters, with spaces as such."""
-        return not (self._only_spaces and first != " ") and _pair(last, first) not in (self._pairs or ())
+        return not (self._only_spaces and first != " ") and (ord(last) << 32 | ord(first)) not in (self._pairs or ())
 
     def _normalized(self, text: str) -> str:
         for normalizer, _ in self._normalizers:
             text = normalizer.normalize_str(text)
         return text
-
-
-def _pair(left: str, right: str) -> int:
-    """Return two characters as a number."""
-    return ord(left) << 32 | ord(right)
 
 
 def _pairs(tokenizer: Any, names: Mapping[int, str] | None) -> set[int] | None:
@@ -275,7 +236,7 @@ def _pairs(tokenizer: Any, names: Mapping[int, str] | None) -> set[int] | None:
 def _normalizer_reach(part: Mapping[str, Any]) -> Reach:
     kind = part["type"]
     if kind in _ONE_BY_ONE:
-        return _OneByOne()
+        return Reach()
     if kind in _UNICODE_FORMS or kind == "BertNormalizer":
         return _UnicodeForm()
     if kind == "Precompiled":
@@ -284,33 +245,33 @@ def _normalizer_reach(part: Mapping[str, Any]) -> Reach:
         return _Strip()
     if kind == "Replace":
         if len(part["pattern"].get("String", "")) == 1:
-            return _OneByOne()
+            return Reach()
         reach = _pattern_reach(part["pattern"])
         if not reach.nullable:
             return reach
     raise UnprovableError
 
 
-def _splitter_reaches(parts: Sequence[Mapping[str, Any]]) -> list[tuple[Reach, Mapping[str, str]]]:
-    """Return what each pre-tokenizer that splits can read, and the characters that it spells anew."""
-    reaches: list[tuple[Reach, Mapping[str, str]]] = []
+def _splitter_reaches(parts: Sequence[Mapping[str, Any]]) -> list[tuple[Reach, str]]:
+    """Return what each pre-tokenizer that splits can read, and how it spells a space."""
+    reaches: list[tuple[Reach, str]] = []
     for number, part in enumerate(parts):
         kind = part["type"]
         if kind == "ByteLevel":
             if number < len(parts) - 1:  # what follows sees bytes
                 raise UnprovableError
             if part.get("use_regex", True):
-                reaches.append((PatternReach(_GPT2), {}))
+                reaches.append((PatternReach(_GPT2), " "))
         elif kind == "Metaspace":
-            reaches.append((_OneByOne(1 if part.get("split", True) else 0), {" ": part["replacement"]}))
+            reaches.append((Reach(), part["replacement"]))
         elif kind == "Split":
-            reaches.append((_pattern_reach(part["pattern"]), {}))
+            reaches.append((_pattern_reach(part["pattern"]), " "))
         elif kind == "Whitespace":
-            reaches.append((PatternReach(_WORDS), {}))
+            reaches.append((PatternReach(_WORDS), " "))
         elif kind in _CHARACTER_SPLITS:
-            reaches.append((_OneByOne(1), {}))
+            reaches.append((Reach(), " "))
         elif kind in ("UnicodeScripts", "FixedLength"):
-            reaches.append((_Counting(), {}))
+            reaches.append((_Counting(), " "))
         else:
             raise UnprovableError
     return reaches
@@ -318,9 +279,3 @@ def _splitter_reaches(parts: Sequence[Mapping[str, Any]]) -> list[tuple[Reach, M
 
 def _pattern_reach(pattern: Mapping[str, str]) -> PatternReach:
     return PatternReach(pattern["Regex"] if "Regex" in pattern else "".join(map(escaped, pattern["String"])))
-
-
-def _respelled(text: str, spelling: Mapping[str, str]) -> str:
-    for old, new in spelling.items():
-        text = text.replace(old, new)
-    return text

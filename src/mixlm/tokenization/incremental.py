@@ -159,11 +159,6 @@ class TokenizerEncoder:
 
         return Boundaries(self._tokenizer, byte_level=self._byte_level, names=self._names)
 
-    @property
-    def reads_special_tokens(self) -> bool:
-        """Whether the tokenizer itself takes special tokens from a text that spells them, which a member does not."""
-        return self._lookalikes is not None
-
     def prompt(self, text: str, *, first: bool) -> list[int]:
         """Return the ids of a part of a prompt without special tokens, with a leading space where there is to be one.
 

@@ -28,6 +28,18 @@ class UnprovableError(Exception):
     """A pattern may look behind, or has a part whose reach is not known here."""
 
 
+class Reach:
+    """What a stage can read: here each character by itself, and the one behind it."""
+
+    def limit(self, text: str, end: int) -> int:
+        """Return an offset before which every decision depends on the first `end` characters of the text alone."""
+        return next((i for i in range(end - 1, 0, -1) if not self.joins(text[i - 1], text[i])), 0)
+
+    def joins(self, left: str, right: str) -> bool:
+        """Return whether a cut between two adjacent characters may change what the stage does to either side."""
+        return False
+
+
 class _Fragment(NamedTuple):
     """A part of a pattern: whether it can be empty, and the positions (as bits) that it begins and ends with."""
 
@@ -39,7 +51,7 @@ class _Fragment(NamedTuple):
 _EMPTY = _Fragment(True, 0, 0)
 
 
-class PatternReach:
+class PatternReach(Reach):
     """What a pattern can read.
 
     Args:
@@ -65,7 +77,7 @@ class PatternReach:
         self._before = lru_cache(4096)(self._find_before)
 
     def limit(self, text: str, end: int) -> int:
-        """Return an offset before which every decision depends on the first `end` characters of the text alone."""
+        """Follow all ways to read on, from the last character back to one at which none is left."""
         reading = self._every
         for start in range(end - 1, -1, -1):
             takers = self._takers(text[start])
@@ -75,7 +87,7 @@ class PatternReach:
         return 0
 
     def joins(self, left: str, right: str) -> bool:
-        """Return whether the pattern may read two adjacent characters in one go."""
+        """Return whether it may read two adjacent characters in one go."""
         if self._folds_apart(left) or self._folds_apart(right):
             return True
         return self._before(self._takers(left), self._takers(right)) != 0

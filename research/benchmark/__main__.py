@@ -22,12 +22,11 @@ from mixlm.cli.bench import (
     show_runs,
     without_draft,
 )
-from mixlm.cli.display import dim
+from mixlm.cli.display import dim, print_table
 from mixlm.cli.inputs import check_writable
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.run import run_app
-from mixlm.cli.tables import print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
 

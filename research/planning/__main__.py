@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, Typer
 
-from mixlm.cli.display import dim, print_json
+from mixlm.cli.display import console, dim, print_json, print_table
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.run import run_app
-from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:

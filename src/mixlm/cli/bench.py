@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from mixlm.cli.display import dim, json_text, print_json
+from mixlm.cli.display import console, dim, json_text, print_json, print_table
 from mixlm.cli.inputs import check_writable
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, flag, with_shared
-from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
 

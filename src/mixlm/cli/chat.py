@@ -18,9 +18,8 @@ from mixlm.errors import ConfigError, MixlmError, PromptTooLongError, UsageError
 from mixlm.terminal import has_colours, is_terminal
 
 if TYPE_CHECKING:
-    from mixlm.chat import ChatGeneration
     from mixlm.core.options import Options
-    from mixlm.ensemble import Ensemble
+    from mixlm.ensemble import ChatGeneration, Ensemble
 
 _COMMANDS = {
     "/help": "show this list",

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument
 
-from mixlm.cli.display import engines_by_member, engines_text, print_json
+from mixlm.cli.display import console, engines_by_member, engines_text, print_json, print_lines, print_table
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, flag, with_shared
-from mixlm.cli.tables import console, print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
 

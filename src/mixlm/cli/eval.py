@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from mixlm.cli.display import dim, print_json
+from mixlm.cli.display import console, dim, print_json, print_table
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, check_counts, flag, with_shared
-from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 from typer import Argument
 
 from mixlm.cli.accuracy import load_task, measure
-from mixlm.cli.display import dim, engines_by_member, print_json
+from mixlm.cli.display import dim, engines_by_member, print_json, print_lines, print_table
 from mixlm.cli.fit_rule import defers, fit_gate, fit_strength, fits_rule, relative_path, split_text, write_ensemble
 from mixlm.cli.inputs import (
     EndsOption,
@@ -25,7 +25,6 @@ from mixlm.cli.inputs import (
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, check_counts, flag, with_shared
 from mixlm.cli.segments import about_unit
-from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.option_spec import OptionSpec
 from mixlm.terminal import progress_bars

@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixlm.cli.display import dim, print_json
+from mixlm.cli.display import dim, print_json, print_lines, print_table
 from mixlm.cli.inputs import score_texts
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared
-from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
 

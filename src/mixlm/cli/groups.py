@@ -1,19 +1,15 @@
-"""Groups of commands: help with one section per panel of options, lazy loading, hints for misspelled names."""
+"""Groups of commands: help with one section per panel of options, hints for misspelled names."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from importlib import import_module
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
-import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mixlm.errors import UsageError, did_you_mean
 from mixlm.terminal import styled
-
-_BOLD = "1"
 
 
 class Command(TyperCommand):
@@ -49,54 +45,15 @@ class CommandGroup(TyperGroup):
 
     def summaries(self, ctx: Any) -> Mapping[str, str]:
         """Return the first sentence of each command's help, by the command's name."""
-        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
-        return {name: _summary(command) for name, command in commands.items() if command and not command.hidden}
-
-
-class LazyGroup(CommandGroup):
-    """A group whose commands are imported when they are used.
-
-    Subclasses set `sources`, "module:function" by command, and `texts`, the summary of each command that help lists.
-    """
-
-    sources: ClassVar[Mapping[str, str]]
-    texts: ClassVar[Mapping[str, str]]
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of the commands that help lists."""
-        return list(self.texts)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import and return one command, None if there is none of this name."""
-        if cmd_name not in self.commands and cmd_name in self.sources:
-            module, _, function = self.sources[cmd_name].partition(":")
-            self.commands[cmd_name] = as_command(cmd_name, getattr(import_module(module), function))
-        return self.commands.get(cmd_name)
-
-    def summaries(self, ctx: Any) -> Mapping[str, str]:
-        """Return the summaries without importing a command."""
-        return self.texts
-
-
-def as_command(name: str, source: typer.Typer | Callable[..., Any]) -> Any:
-    """Return a Typer application or a function as one command."""
-    app = source
-    if not isinstance(app, typer.Typer):
-        app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command(name, cls=Command)(source)
-    command = typer.main.get_command(app)
-    command.name = name
-    return command
+        return {
+            name: " ".join((command.help or "").partition("\n\n")[0].split()) for name, command in self.commands.items()
+        }
 
 
 def _usage(argument: Any) -> str:
     name = argument.metavar or argument.name.upper()
     name += "..." if argument.nargs == -1 else ""
     return name if argument.required else f"[{name}]"
-
-
-def _summary(command: Any) -> str:
-    return " ".join((command.help or "").partition("\n\n")[0].split())
 
 
 def _write_parameters(command: Any, context: Any, formatter: Any) -> None:
@@ -118,4 +75,4 @@ def _write_parameters(command: Any, context: Any, formatter: Any) -> None:
 
 
 def _heading(text: str) -> str:
-    return styled(text, _BOLD, sys.stdout)
+    return styled(text, "1", sys.stdout)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument
 
-from mixlm.cli.display import dim, member_colours, print_json
+from mixlm.cli.display import dim, member_colours, print_json, print_lines, print_table
 from mixlm.cli.inputs import (
     model_identities,
     prompts_and_answers,
@@ -19,7 +19,6 @@ from mixlm.cli.inputs import (
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, flag, option_flag, with_shared
 from mixlm.cli.segments import about_unit
-from mixlm.cli.tables import print_lines, print_table
 from mixlm.core.options import RULE_OPTIONS
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars, styled, visible

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixlm.cli.display import print_json
+from mixlm.cli.display import print_json, print_table
 from mixlm.cli.groups import Command, CommandGroup
-from mixlm.cli.tables import print_table
 from mixlm.errors import UsageError
 from mixlm.terminal import visible
 

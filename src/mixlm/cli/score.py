@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Argument
 
-from mixlm.cli.display import dim, engines_by_member, print_json
+from mixlm.cli.display import dim, engines_by_member, print_json, print_lines, print_table
 from mixlm.cli.inputs import (
     EndsOption,
     check_writable,
@@ -21,7 +21,6 @@ from mixlm.cli.inputs import (
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import NOT_FOR_SCORING, Shared, flag, with_shared
 from mixlm.cli.segments import about_unit, page, show_segments
-from mixlm.cli.tables import print_lines, print_table
 from mixlm.core.options import RULE_OPTIONS
 from mixlm.core.rule_options import rule_as_dict
 from mixlm.errors import UsageError

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mixlm.cli.display import PALETTE, member_colours
-from mixlm.cli.tables import print_table
+from mixlm.cli.display import PALETTE, member_colours, print_table
 from mixlm.terminal import has_colours, styled, visible
 
 # The surprisal in bits above which a segment is no longer expected, and above which it is surprising.

@@ -1,11 +1,11 @@
-"""`conventional`: run every member, combine them, sample from the average or a rule (paper, section 3.1, algorithm 1)."""
+"""`conventional`: run every member, sample from what is made of all (paper, section 3.1, algorithm 1)."""
 
 from __future__ import annotations
 
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
 from mixlm.decoding.blocks import block_strategy
-from mixlm.decoding.rule_position import DensePosition
+from mixlm.decoding.rule_position import SampledPosition
 from mixlm.generation.sequence import Strategy
 from mixlm.generation.target import RuleTarget, average_target
 
@@ -17,4 +17,4 @@ def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
 
 def conventional(target: RuleTarget) -> Strategy:
     """Return the strategy that samples from what a rule makes of all members, built in full."""
-    return block_strategy(lambda step: DensePosition(step, target))
+    return block_strategy(lambda step: SampledPosition(step, target, dense=True))

@@ -28,7 +28,7 @@ class TokenReport:
     """
 
     def __init__(self, member: Member) -> None:
-        self._member = member
+        self.member = member
         assert member.transform.top_k_filter is not None
         self.top_k_filter = member.transform.top_k_filter
         self.tokens = Candidates(np.zeros(0, dtype=np.int64), np.zeros(0))
@@ -41,10 +41,10 @@ class TokenReport:
         self.tokens = Candidates(
             np.concatenate([self.tokens.ids, row.ids[new]]), np.concatenate([self.tokens.logprobs, row.logprobs[new]])
         )
-        size = self._member.engine.vocabulary.size
-        sampled = np.count_nonzero(self._member.symbols[self.tokens.ids] >= 0)
-        is_all = self._member.engine.reports_all and self.top_k_filter.k >= size
-        self.is_whole = is_all or sampled == np.count_nonzero(self._member.symbols >= 0)
+        size = self.member.engine.vocabulary.size
+        sampled = np.count_nonzero(self.member.symbols[self.tokens.ids] >= 0)
+        is_all = self.member.engine.reports_all and self.top_k_filter.k >= size
+        self.is_whole = is_all or sampled == np.count_nonzero(self.member.symbols >= 0)
 
     def part(self, distribution: Candidates) -> Candidates:
         """Return what is known of the member's distribution: normalised where nothing is left out."""
@@ -54,7 +54,7 @@ class TokenReport:
 
     def grow(self) -> bool:
         """Request more tokens next. Returns whether the engine has more."""
-        engine, count = self._member.engine, self.top_k_filter.k
+        engine, count = self.member.engine, self.top_k_filter.k
         limit = engine.vocabulary.size if engine.max_top_k is None else engine.max_top_k
         if self.is_whole or count >= limit:
             return False
@@ -63,18 +63,10 @@ class TokenReport:
 
     def may_be_unreported(self, symbols: Ids) -> npt.NDArray[np.bool_]:
         """Return whether the member has tokens of each symbol that it did not report, bool (symbols,)."""
-        own = self._member.symbols[self.tokens.ids]
-        reported = np.bincount(own[own >= 0], minlength=self._member.tokens_per_symbol.size)
-        left = self._member.tokens_per_symbol - reported
-        out = np.zeros(symbols.size, dtype=np.bool_)
-        known = symbols < left.size
-        out[known] = left[symbols[known]] > 0
-        return out
-
-    @property
-    def max_tokens_per_symbol(self) -> int:
-        """The most tokens that the member has for one symbol."""
-        return int(self._member.tokens_per_symbol.max())
+        own = self.member.symbols[self.tokens.ids]
+        per_symbol = self.member.tokens_per_symbol
+        left = np.append(per_symbol - np.bincount(own[own >= 0], minlength=per_symbol.size), 0)
+        return np.asarray(left[np.minimum(symbols, per_symbol.size)] > 0)
 
 
 def unreported(reports: Mapping[int, TokenReport], symbols: Ids, probs: Floats, *, of_unit: bool) -> Unreported | None:
@@ -94,4 +86,5 @@ def unreported(reports: Mapping[int, TokenReport], symbols: Ids, probs: Floats, 
     open_symbols = np.zeros(probs.shape, dtype=np.bool_)
     for row, report in partial.items():
         open_symbols[row] = report.may_be_unreported(symbols)
-    return Unreported.of(probs, list(partial), open_symbols, max(r.max_tokens_per_symbol for r in partial.values()))
+    tokens = max(int(report.member.tokens_per_symbol.max()) for report in partial.values())
+    return Unreported.of(probs, list(partial), open_symbols, tokens)

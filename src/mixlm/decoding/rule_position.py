@@ -7,10 +7,10 @@ have run: one that ran early, as a draft does, is not looked at before its turn.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from mixlm.core.combinations.base import TOLERANCE, Aligned, Combination, Unreported, align
 from mixlm.decoding.blocks import Position
@@ -23,6 +23,8 @@ from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopKFilter
 _CHECKED = 4  # positions of a text at which the bounds of a user's rule are checked first, and then one in _INTERVAL
 _INTERVAL = 16
 _REPORT_TOLERANCE = 1e-3  # reports of one position come from several forwards, each rounded in its own way
+
+Decision = tuple[int, float, int]  # a symbol, a lower bound of its log-probability, and the row that it is from
 
 
 class RulePosition(Position):
@@ -40,7 +42,6 @@ class RulePosition(Position):
         self.reports = {
             member: TokenReport(step.views[member].member) for member in members if step.views[member].member.is_partial
         }
-        self._pending: set[int] = set()  # members that have to report more
         self._distributions: dict[int, Callable[[LogitsRow], Candidates]] = {}
         self.target = target
         super().__init__(step, members)
@@ -49,61 +50,50 @@ class RulePosition(Position):
         self._stage = 0
         self._complete = complete or bool(step.views[0].member.top_logprobs)
         self._together = together
-        self._decided: tuple[int, float, int] | None = None  # symbol, lower bound of its log-probability, row
-        self._known_all: Aligned | None = None
+        self._decided: Decision | None = None
 
     def _read(self, member: int) -> None:
         super()._read(member)
         self._distributions[member] = self.target.distribution(self.step, member, normalize=False)
 
     def needs(self) -> Sequence[int]:
-        """Return the members of the next stage that have not run, or all of them; or those that have to report more."""
+        """Return the members of the next stage that have not run, or have to report more; or those of all stages."""
         if self.choice is not None:
             return ()
-        if self._pending:
-            return sorted(self._pending)
         stages = self.stages[self._stage :]
         rows = [row for stage in (stages if self._together or self._decided else stages[:1]) for row in stage]
         return [self.members[row] for row in rows if self.members[row] not in self.parts]
 
     def advance(self) -> None:
         """Look at one stage after another, as far as its members have run."""
-        while self.choice is None and not self._pending and not self._missing(self.stages[self._stage]):
-            self._check_possible([self.members[row] for row in self.stages[self._stage]])
+        while self.choice is None and all(self.members[row] in self.parts for row in self.stages[self._stage]):
             self._stage += 1
+            rows = [row for stage in self.stages[: self._stage] for row in stage]
+            for member in (self.members[row] for row in rows):
+                if (
+                    report := self.reports.get(member)
+                ) is None or report.is_whole:  # a report may have grown too little
+                    self.step.views[member].check_possible(self.parts[member])
             if self._stage == len(self.stages):
                 if all(report.is_whole for report in self.reports.values()):
-                    self._check_possible(self.members)
-                    self._choose(self._all())
+                    self._choose([self.parts[member] for member in self.members])
+                elif (decided := self.decide_by_reports(range(len(self.members)))) is not None:
+                    self._take(decided)
                 else:
-                    self._decide_by_reports()
+                    self._request_more()
             elif self._decided is None:
-                rows = [row for stage in self.stages[: self._stage] for row in stage]
                 self._decided = self.decide(rows)
                 if self._decided is not None and not self._complete:
-                    symbol, logprob, row = self._decided
-                    self.choice = Choice(self.target.symbol(self.step, symbol), self.members[row], logprob)
+                    self._take(self._decided)
 
-    def _check_possible(self, members: Sequence[int]) -> None:
-        """Check that each of these has a distribution; one whose report has grown too little may have one."""
-        for member in members:
-            if (report := self.reports.get(member)) is None or report.is_whole:
-                self.step.views[member].check_possible(self.parts[member])
+    def _take(self, decided: Decision) -> None:
+        symbol, logprob, row = decided
+        self.choice = Choice(self.target.symbol(self.step, symbol), self.members[row], logprob)
 
-    def _decide_by_reports(self) -> None:
-        """Choose what the reports of all members decide, or request more of them.
-
-        Raises:
-            UnsupportedError: They do not decide it, and no engine reports more.
-        """
-        decided = self.decide_by_reports(range(len(self.members)))
-        if decided is not None:
-            symbol, logprob, row = decided
-            self.choice = Choice(self.target.symbol(self.step, symbol), self.members[row], logprob)
-            return
-        self._stage -= 1
-        self._pending = {member for member, report in self.reports.items() if report.grow()}
-        if not self._pending:
+    def _request_more(self) -> None:
+        """Wait for more of what members report. Raises UnsupportedError where no engine reports more."""
+        growing = [member for member, report in self.reports.items() if report.grow()]
+        if not growing:
             shown = [
                 f"the {report.tokens.ids.size} likeliest tokens of {self.step.views[member].member.name}"
                 for member, report in self.reports.items()
@@ -114,46 +104,61 @@ class RulePosition(Position):
                 " reports no more: nothing is sampled",
                 "let its server report more, or use --engine hf (engine='hf')",
             )
+        for member in growing:
+            del self.parts[member]
+        self.stages, self._stage = [list(range(len(self.members)))], 0
 
     def receive(self, member: int, logits: LogitsRow) -> None:
         """Take a member's logits, or what it reports of them."""
-        report = self.reports.get(member)
+        distribution, report = self._distributions[member], self.reports.get(member)
         if report is None:
-            self.parts[member] = self._distributions[member](logits)
+            self.parts[member] = distribution(logits)
         else:
             report.add(logits)
-            self._pending.discard(member)
-            self.parts[member] = report.part(self._distributions[member](report.tokens))
+            self.parts[member] = report.part(distribution(report.tokens))
 
     def top_k_filter(self, member: int) -> TopKFilter | None:
         """Return the part of the member's logits that is needed; of a report, as many tokens as it is to have."""
         report = self.reports.get(member)
         return super().top_k_filter(member) if report is None else report.top_k_filter
 
-    def decide(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
-        """Return the symbol that these rows decide, a lower bound of its log-probability, and the row it is from."""
-        return None
+    def guess(self, member: int) -> int | None:
+        """Return the symbol that the member alone would choose."""
+        part = self.parts.get(member)
+        return None if part is None or not part.ids.size else self.target.symbol(self.step, self.pick(part))
 
-    def decide_by_reports(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
+    @abstractmethod
+    def pick(self, distribution: Candidates) -> int:
+        """Return the symbol of a distribution."""
+
+    @abstractmethod
+    def decide(self, rows: Sequence[int]) -> Decision | None:
+        """Return what these rows decide; None for nothing."""
+
+    def decide_by_reports(self, rows: Sequence[int]) -> Decision | None:
         """Do what `decide` does, where every member has run and some have not reported everything."""
         return self.decide(rows)
 
-    @abstractmethod
     def decide_all(self, distribution: Candidates) -> int:
         """Return the symbol where every member has run and fewer have not decided it."""
+        return self.pick(distribution)
+
+    @abstractmethod
+    def check(self, distribution: Candidates) -> None:
+        """Check the bounds of the rule against its distribution. Raises ConfigError."""
 
     def known(self, rows: Sequence[int]) -> Aligned:
         """Return the distributions of these rows; the others are 0."""
         return align([self.parts[member] if row in rows else None for row, member in enumerate(self.members)])
 
+    @cached_property
+    def known_all(self) -> Aligned:
+        """The distributions of all members, once each is whole."""
+        return self.known(range(len(self.members)))
+
     def unreported(self, rows: Sequence[int], known: Aligned) -> Unreported | None:
         """Return what these rows leave open; None for nothing."""
-        if not self.reports:
-            return None
         reports = {row: self.reports[member] for row in rows if (member := self.members[row]) in self.reports}
-        return self._left_open(reports, known)
-
-    def _left_open(self, reports: Mapping[int, TokenReport], known: Aligned) -> Unreported | None:
         return unreported(reports, *known, of_unit=self.target.combines_symbols)
 
     def is_open(self, rows: Sequence[int]) -> bool:
@@ -162,66 +167,35 @@ class RulePosition(Position):
             {row: self.parts[self.members[row]] for row in rows}, self.weights
         )
 
-    def known_all(self) -> Aligned:
-        """Return the distributions of all members."""
-        if self._known_all is None:
-            self._known_all = self.known(range(len(self.members)))
-        return self._known_all
-
-    def check(self, distribution: Candidates) -> None:
-        """Check the bounds of the rule against its distribution. Raises ConfigError."""
-
-    def _require(self, holds: np.bool_ | npt.NDArray[np.bool_]) -> None:
-        if not holds.all():
+    def _require(self, holds: bool) -> None:
+        if not holds:
             raise ConfigError(
                 f"the bounds of rule {self.target.rule.name} exceed what it combines: its text would follow another "
                 "distribution",
                 "an envelope is never larger than the rule, whatever the other members say; mixlm check tests it",
             )
 
-    def _missing(self, rows: Sequence[int]) -> bool:
-        return any(self.members[row] not in self.parts for row in rows)
-
-    def _all(self) -> list[Candidates]:
-        return [self.parts[member] for member in self.members]
-
     def _choose(self, parts: Sequence[Candidates]) -> None:
-        distribution = self.target.combine(self.members, parts, self.weights, self.known_all)
+        target = self.target
+        distribution = target.combine(self.members, parts, self.weights, lambda: self.known_all)
         if self._decided is None:
             symbol = self.decide_all(distribution)
         else:
             self.check(distribution)
             symbol = self._decided[0]
         index = int(np.argmax(distribution.ids == symbol))
-        target = self.target
         top_logprobs = tuple((target.symbol(self.step, top), p) for top, p in self.step.top_logprobs(distribution))
         member = self.members[target.contributor(symbol, parts, self.weights)]
         logprob = float(distribution.logprobs[index])
         self.choice = Choice(target.symbol(self.step, symbol), member, logprob, top_logprobs)
 
 
-class DensePosition(RulePosition):
-    """A position whose symbol is sampled from the distribution of all members: the reference."""
-
-    def guess(self, member: int) -> int | None:
-        """Return what the member samples with the noise of the position."""
-        part = self.parts[member]
-        return self.target.symbol(self.step, self.sample(part)) if part.ids.size else None
-
-    def decide_all(self, distribution: Candidates) -> int:
-        """Sample from the rule's distribution."""
-        return self.sample(distribution)
-
-    def sample(self, distribution: Candidates) -> int:
-        """Sample with the noise of the position."""
-        return int(distribution.ids[self.step.noise.sample(*distribution)])
-
-
-class SampledPosition(DensePosition):
+class SampledPosition(RulePosition):
     """A position whose symbol is sampled: coin first, by the envelope, or from all members.
 
     Args:
         order: The members in the order in which the envelope looks at them; None for a rule without one.
+        dense: Sample from all members, whatever fewer would decide: the reference.
 
     Attributes:
         first: The member that is looked at first.
@@ -232,8 +206,9 @@ class SampledPosition(DensePosition):
         self,
         step: DecodeStep,
         target: RuleTarget,
-        order: Sequence[int] | None,
+        order: Sequence[int] | None = None,
         *,
+        dense: bool = False,
         complete: bool = False,
         together: bool = False,
     ) -> None:
@@ -242,7 +217,7 @@ class SampledPosition(DensePosition):
         self.first_mass: float | None = None
         self._stopping: dict[int, tuple[Ids, Floats]] = {}  # by row, what `_first_distribution` returns
         self._bounds: tuple[Ids, Floats] | None = None  # symbols and what was emitted up to the last envelope
-        self._coin = target.rule.first_member(self.weights) if target.has_bounds else None
+        self._coin = target.rule.first_member(self.weights) if target.has_bounds and not dense else None
         if self._coin is not None:
             first = step.noise.coin(self._coin)
             rest = [row for row in range(len(self.members)) if row != first]
@@ -256,7 +231,11 @@ class SampledPosition(DensePosition):
         elif self._coin is not None:
             self.stages.append([])  # a member alone may be undecided, too
 
-    def decide(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
+    def pick(self, distribution: Candidates) -> int:
+        """Sample with the noise of the position."""
+        return int(distribution.ids[self.step.noise.sample(*distribution)])
+
+    def decide(self, rows: Sequence[int]) -> Decision | None:
         """Stop with the probability of the sub-distribution that these rows know, and sample from what is new in it."""
         if self._coin is None:
             return self._by_envelope(rows, self._uniform)
@@ -265,7 +244,7 @@ class SampledPosition(DensePosition):
         self.first_mass = float(mass.sum())
         return self._sample_new(symbols, mass, float(self._coin[row]) * mass, row, self._uniform, self.first_mass)
 
-    def decide_by_reports(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
+    def decide_by_reports(self, rows: Sequence[int]) -> Decision | None:
         """Stop with the probability that reports of all members know, in envelopes that grow with the reports.
 
         After a coin, they grow from what the coin could emit, and another uniform number falls into the rest.
@@ -273,88 +252,76 @@ class SampledPosition(DensePosition):
         if self._coin is None:
             return self._by_envelope(rows, self.step.noise.uniform())
         if self._bounds is None:
-            self._bounds = self._emitted(self.known(rows).symbols)
+            symbols = self.known(rows).symbols
+            self._bounds = symbols, self._emitted(symbols)
             emitted = float(self._bounds[1].sum())
             rest = self.step.noise.next_round().next_round().uniform()
             self._uniform = emitted + (1 - emitted) * rest
         return self._by_envelope(rows, self._uniform)
 
-    def _by_envelope(self, rows: Sequence[int], uniform: float) -> tuple[int, float, int] | None:
+    def _by_envelope(self, rows: Sequence[int], uniform: float) -> Decision | None:
         if self.is_open(rows):
             self.first_mass = self.first_mass or 0.0
             return None
-        known = self.known(rows)
-        lower = self.target.rule.envelope(known.probs, self.weights, rows, self.unreported(rows, known))
+        symbols, probs = known = self.known(rows)
+        lower = self.target.rule.envelope(probs, self.weights, rows, self.unreported(rows, known))
         if lower is None:
             return None
-        increment, bound = self._increment(known.symbols, lower)
+        before = np.zeros(symbols.size) if self._bounds is None else _spread(symbols, *self._bounds)
+        bound = np.maximum(lower, before)
         total = float(bound.sum())
+        self._require(total <= 1 + _REPORT_TOLERANCE)
+        self._bounds = symbols, bound
         if self.first_mass is None:
             self.first_mass = total
-        return self._sample_new(known.symbols, increment, bound, rows[-1], uniform, total)
+        return self._sample_new(symbols, bound - before, bound, rows[-1], uniform, total)
 
     def _sample_new(
         self, symbols: Ids, increment: Floats, bound: Floats, row: int, uniform: float, total: float
-    ) -> tuple[int, float, int] | None:
-        """Sample from an increment where the uniform number falls below the total, and return it as `decide` does."""
+    ) -> Decision | None:
+        """Sample from an increment where the uniform number falls below the total."""
         new = support(symbols, increment)
         if uniform >= total or not new.ids.size:
             return None
-        symbol = self.sample(new)
+        symbol = self.pick(new)
         return symbol, float(np.log(bound[symbols == symbol].sum())), row
 
     def _first_distribution(self, row: int) -> tuple[Ids, Floats]:
         """Return the symbols of a member's distribution, and the sub-distribution with which it may stop alone."""
         if row not in self._stopping:
-            part = self.parts[self.members[row]]
+            part, report = self.parts[self.members[row]], self.reports.get(self.members[row])
             probs = np.exp(part.logprobs)
-            report = self.reports.get(self.members[row])
-            left = None if report is None else self._left_open({0: report}, Aligned(part.ids, probs[None]))
+            reports = {} if report is None else {0: report}
+            left = unreported(reports, part.ids, probs[None], of_unit=self.target.combines_symbols)
             self._stopping[row] = part.ids, self.target.rule.first_distribution(probs, self.weights, row, left)
         return self._stopping[row]
 
-    def _emitted(self, symbols: Ids) -> tuple[Ids, Floats]:
+    def _emitted(self, symbols: Ids) -> Floats:
         """Return `Σ π_i S_i`, what the coin could emit, over symbols that contain those of all members."""
         assert self._coin is not None
         out = np.zeros(symbols.size)
         for row, share in enumerate(self._coin):
-            own, mass = self._first_distribution(row)
-            out[_columns(symbols, own)] += share * mass
-        return symbols, out
+            out += share * _spread(symbols, *self._first_distribution(row))
+        return out
 
     def decide_all(self, distribution: Candidates) -> int:
         """Sample from what the stages before have left of the distribution."""
         rest = self._rest(distribution)
-        return self.sample(rest if rest.ids.size else distribution)
+        return self.pick(rest if rest.ids.size else distribution)
 
     def check(self, distribution: Candidates) -> None:
         """Raise ConfigError where a bound exceeds the rule's distribution: what is sampled would be another one."""
-        if self.first is not None or self._coin is not None:
-            self._rest(distribution)
+        self._rest(distribution)
 
     def _rest(self, distribution: Candidates) -> Candidates:
         """Return `C − Σ π_i S_i`, or `C` without the last envelope: unnormalised, by its support."""
         if self._coin is None and (self._bounds is None or not self._bounds[1].any()):
             return distribution
-        symbols = self.known_all().symbols
-        lower, target = np.zeros(symbols.size), np.zeros(symbols.size)
-        target[_columns(symbols, distribution.ids)] = np.exp(distribution.logprobs)
-        if self._bounds is not None:
-            lower[_columns(symbols, self._bounds[0])] = self._bounds[1]
-        else:
-            lower = self._emitted(symbols)[1]
-        self._require(lower <= target + (_REPORT_TOLERANCE if self.reports else TOLERANCE))
+        symbols = self.known_all.symbols
+        target = _spread(symbols, distribution.ids, np.exp(distribution.logprobs))
+        lower = self._emitted(symbols) if self._bounds is None else _spread(symbols, *self._bounds)
+        self._require(bool((lower <= target + (_REPORT_TOLERANCE if self.reports else TOLERANCE)).all()))
         return support(symbols, target - lower)
-
-    def _increment(self, symbols: Ids, lower: Floats) -> tuple[Floats, Floats]:
-        """Return what an envelope adds to the one before, and the greater of the two, which is kept."""
-        before = np.zeros(symbols.size)
-        if self._bounds is not None:
-            before[_columns(symbols, self._bounds[0])] = self._bounds[1]
-        bound = np.maximum(lower, before)
-        self._require(bound.sum() <= 1 + _REPORT_TOLERANCE)
-        self._bounds = symbols, bound
-        return bound - before, bound
 
 
 class GreedyPosition(RulePosition):
@@ -367,12 +334,7 @@ class GreedyPosition(RulePosition):
         if together and not self.reports:  # all run, so the log-probability can be the rule's, and no bound
             self._complete = True
 
-    def guess(self, member: int) -> int | None:
-        """Return the member's most likely symbol."""
-        part = self.parts[member]
-        return self.target.symbol(self.step, _most_likely(part)) if part.ids.size else None
-
-    def decide(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
+    def decide(self, rows: Sequence[int]) -> Decision | None:
         """Return the symbol that wins whatever the other members say."""
         if self.is_open(rows):
             return None
@@ -387,9 +349,9 @@ class GreedyPosition(RulePosition):
         shares = [self.weights[row] * probs[row, winner] for row in rows]
         return int(symbols[winner]), logprob, rows[int(np.argmax(shares))]
 
-    def decide_all(self, distribution: Candidates) -> int:
+    def pick(self, distribution: Candidates) -> int:
         """Return the most likely symbol, the lowest of equally likely ones."""
-        return _most_likely(distribution)
+        return int(distribution.ids[distribution.logprobs == distribution.logprobs.max()].min())
 
     def check(self, distribution: Candidates) -> None:
         """Raise ConfigError where another symbol is more likely than the one that was found certain."""
@@ -405,10 +367,10 @@ def checks_bounds(rule: Combination, position: int) -> bool:
     return not is_proven and (position < _CHECKED or position % _INTERVAL == 0)
 
 
-def _columns(symbols: Ids, ids: Ids) -> slice | Ids:
-    """Return where ids are among symbols, which contain them in ascending order."""
-    return slice(None) if np.array_equal(symbols, ids) else np.searchsorted(symbols, ids)
-
-
-def _most_likely(distribution: Candidates) -> int:
-    return int(distribution.ids[distribution.logprobs == distribution.logprobs.max()].min())
+def _spread(symbols: Ids, ids: Ids, values: Floats) -> Floats:
+    """Return the values of ids over symbols, which contain them and ascend; 0 for the others."""
+    if np.array_equal(symbols, ids):
+        return values
+    out = np.zeros(symbols.size)
+    out[np.searchsorted(symbols, ids)] = values
+    return out

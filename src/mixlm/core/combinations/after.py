@@ -53,7 +53,7 @@ class TransformedCombination(Combination):
     sampling: Sampling
 
     def __post_init__(self) -> None:
-        for name in ("name", "roles", "speculates", "shared_vocabulary", "is_product"):
+        for name in ("name", "roles", "speculates", "shared_vocabulary", "alignment", "is_product"):
             object.__setattr__(self, name, getattr(self.rule, name))
         object.__setattr__(self, "takes_reports", self.rule.takes_reports and self.sampling.temperature <= 1)
 
@@ -157,11 +157,7 @@ def transformed_bound(lower: Floats, sampling: Sampling, remaining: Floats | Non
         if winner is not None and (sampling.temperature <= 1 or sampling.top_k == 1 or is_all):
             out[winner] = 1.0
         return out
-    alpha = 1 / sampling.temperature
-    if remaining is not None:
-        bound = _tempered_bound(remaining, free, alpha)
-    else:
-        bound = lower if alpha == 1 else _tempered_bound(lower, free, alpha)
+    bound = _tempered_bound(lower if remaining is None else remaining, free, 1 / sampling.temperature)
     kept = certainly_kept(lower, free, sampling)
     out[kept] = bound[kept]
     return out

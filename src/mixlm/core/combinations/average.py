@@ -34,9 +34,7 @@ class Average(Combination):
         """Return `Σ λ_i q_i`."""
         return weights @ probs
 
-    def bound(
-        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
-    ) -> Floats | None:
+    def bound(self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None) -> Floats:
         """Return what the members that ran contribute."""
         members = list(ran)
         lower: Floats = weights[members] @ probs[members]

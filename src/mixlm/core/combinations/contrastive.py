@@ -73,9 +73,7 @@ class Contrastive(LogLinear):
         logprobs = parts[0].logprobs
         return int(np.count_nonzero(logprobs >= logprobs.max(initial=-np.inf) + self._log_alpha)) > 1
 
-    def bound(
-        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
-    ) -> Floats | None:
+    def bound(self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None) -> Floats:
         """Return certainty where the expert finds one symbol plausible, or where reports decide; else nothing."""
         lower = np.zeros(probs.shape[1])
         if 0 not in ran:

@@ -62,13 +62,9 @@ class Defer(Combination):
 
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return what the chain keeps, and all of the last member's."""
-        kept, left = self._kept(probs, len(weights) - 1)
-        chain: Floats = kept + left * probs[-1]
-        return chain
+        return self._chain(probs, len(weights))
 
-    def bound(
-        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
-    ) -> Floats | None:
+    def bound(self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None) -> Floats:
         """Return what the members that ran keep, up to the first that has not.
 
         Raises:
@@ -79,12 +75,7 @@ class Defer(Combination):
                 f"rule {self.name} decides by whole distributions, and a member reports its likeliest tokens alone",
                 "use by='top' or by='token'",
             )
-        prefix = next(i for i in range(len(weights) + 1) if i not in ran)
-        if prefix < len(weights):
-            return self._kept(probs, prefix, unreported)[0]
-        kept, left = self._kept(probs, prefix - 1, unreported)
-        lower: Floats = kept + left * probs[-1]
-        return lower
+        return self._chain(probs, next(i for i in range(len(weights) + 1) if i not in ran), unreported)
 
     @property
     def takes_reports(self) -> bool:  # type: ignore[override]
@@ -121,11 +112,14 @@ class Defer(Combination):
             raise ConfigError(f"accept returned {a[~((a >= 0) & (a <= 1))].flat[0]:g}; it must be from 0 to 1")
         return np.broadcast_to(a, distribution.shape)
 
-    def _kept(self, probs: Floats, count: int, unreported: Unreported | None = None) -> tuple[Floats, float]:
-        """Return what the first members of the chain keep, and the least mass that they leave to the next."""
+    def _chain(self, probs: Floats, count: int, unreported: Unreported | None = None) -> Floats:
+        """Return what the first members of the chain keep, at least; the last of all members keeps everything."""
         kept, left = np.zeros(probs.shape[1]), 1.0
         upper = probs if unreported is None else unreported.upper(probs)
         for member, row in enumerate(probs[:count]):
+            if member == len(probs) - 1:
+                kept += left * row
+                break
             share = self.acceptance(row) * row
             kept += left * share
             largest = float(share.sum())
@@ -135,4 +129,4 @@ class Defer(Combination):
                 possible = self.acceptance(np.append(upper[member], hidden)) > 0
                 largest = float(row[possible[:-1]].sum()) + mass * possible.any()
             left *= max(1 - largest, 0.0)
-        return kept, left
+        return kept

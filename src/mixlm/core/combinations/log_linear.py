@@ -92,9 +92,7 @@ class LogLinear(Combination):
         """Whether several symbols are left."""
         return self.is_product and leaves_several(parts, self.needed(weights))
 
-    def bound(
-        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
-    ) -> Floats | None:
+    def bound(self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None) -> Floats:
         """Return certainty where one symbol is left, or what the only member that counts gives; else nothing."""
         if self._only is None:
             return only_symbol(probs, ran, self.needed(weights), unreported)
@@ -128,9 +126,7 @@ class Geometric(LogLinear):
         """Return the weights, scaled."""
         return self.strength * weights
 
-    def bound(
-        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
-    ) -> Floats | None:
+    def bound(self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None) -> Floats:
         """Return certainty where one symbol is left, else nothing; with reports of all members, what they leave."""
         if unreported is None or len(ran) < len(weights) or not self.takes_reports:
             return super().bound(probs, weights, ran, unreported)

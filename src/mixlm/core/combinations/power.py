@@ -85,9 +85,7 @@ class PowerMean(Combination):
         """Whether below 0, several symbols are left."""
         return self.strength < 0 and leaves_several(parts, positive_members(weights))
 
-    def bound(
-        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
-    ) -> Floats | None:
+    def bound(self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None) -> Floats:
         """Return the bound of the range that the exponent is in."""
         if unreported is not None and self.strength < 1 and len(ran) == len(weights):
             return self._reports_bound(probs, weights, unreported)

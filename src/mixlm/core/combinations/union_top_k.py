@@ -27,6 +27,7 @@ from mixlm.core.combinations.base import (
     Combination,
     Unreported,
     check_parameter,
+    normalized,
     positive_members,
     ran_mask,
     winner_by_bounds,
@@ -58,28 +59,17 @@ class UnionTopK(Combination):
         """The rule's own k as `top_k`."""
         return {"top_k": self.k}
 
-    def union(self, probs: Floats, weights: Floats) -> npt.NDArray[np.bool_]:
-        """Return which symbols some member of positive weight has in its top k, bool (symbols,)."""
-        return np.asarray(self._top_k(probs, positive_members(weights)).any(axis=0), dtype=np.bool_)
-
-    def over_union(self, probs: Floats, weights: Floats) -> Floats:
-        """Return the average of rows that are normalised, given rows over the union alone, float64 (symbols,)."""
-        totals = probs.sum(axis=1)
-        active = positive_members(weights) & (totals > 0)
-        out = (weights[active] / totals[active]) @ probs[active]
-        average: Floats = out / out.sum()
-        return average
-
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the average over the union, for members that share a vocabulary."""
-        union = self.union(probs, weights)
+        active = positive_members(weights)
+        union = self._top_k(probs, active).any(axis=0)
+        totals = probs[:, union].sum(axis=1)
+        active &= totals > 0
         out = np.zeros(probs.shape[1])
-        out[union] = self.over_union(probs[:, union], weights)
-        return out
+        out[union] = (weights[active] / totals[active]) @ probs[active][:, union]
+        return normalized(out, self.name)
 
-    def bound(
-        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
-    ) -> Floats | None:
+    def bound(self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None) -> Floats:
         """Return what the members that ran give to the symbols in the top k of one of them."""
         done = ran_mask(weights, ran) & positive_members(weights)
         top = self._top_k(probs, done, unreported)
@@ -105,8 +95,7 @@ class UnionTopK(Combination):
         """Compare what symbols have at least with what others have at most, normalised over the members' own top k."""
         if unreported is not None or len(ran) == len(weights):
             return super().certain_winner(probs, weights, ran, unreported)
-        lower = self.envelope(probs, weights, ran)
-        assert lower is not None
+        lower = self.bound(probs, weights, ran)
         done = ran_mask(weights, ran) & positive_members(weights)
         union = self._top_k(probs, done).any(axis=0)
         totals = np.where(done, np.where(union, probs, 0.0).sum(axis=1), 1.0)

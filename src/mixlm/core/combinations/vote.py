@@ -23,7 +23,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mixlm.core.combinations.base import TOLERANCE, Combination, Unreported, ran_mask, refuse_reports
+from mixlm.core.combinations.base import TOLERANCE, Combination, Unreported, normalized, ran_mask, refuse_reports
 from mixlm.errors import ConfigError
 from mixlm.types import Floats
 
@@ -39,14 +39,9 @@ class Vote(Combination):
 
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the distribution of the winner."""
-        voters = np.flatnonzero(weights > 0).tolist()
-        out = self._winners(probs, weights, voters)
-        winner: Floats = out / out.sum()
-        return winner
+        return normalized(self._winners(probs, weights, np.flatnonzero(weights > 0).tolist()), self.name)
 
-    def bound(
-        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
-    ) -> Floats | None:
+    def bound(self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None) -> Floats:
         """Return the probability that a symbol leads beyond reach.
 
         Raises:

@@ -67,7 +67,7 @@ def test_a_chat_keeps_of_earlier_turns_what_was_written():
     chat = mixlm.load("toy:1", "toy:2").chat(max_tokens=2, seed=1)
     turn = chat.stream("a")
     list(turn)
-    generation = weakref.ref(turn._generation)
+    generation = weakref.ref(turn)
     del turn
     gc.collect()
     assert generation() is None

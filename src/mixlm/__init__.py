@@ -8,8 +8,7 @@ from mixlm.errors import MixlmError
 from mixlm.version import __version__
 
 if TYPE_CHECKING:
-    from mixlm.chat import Chat
-    from mixlm.ensemble import Ensemble
+    from mixlm.ensemble import Chat, Ensemble
     from mixlm.generation.generation import Generation
     from mixlm.loading import load
 
@@ -33,7 +32,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Chat": ("chat", "Chat"),
+    "Chat": ("ensemble", "Chat"),
     "Ensemble": ("ensemble", "Ensemble"),
     "Generation": ("generation.generation", "Generation"),
     "Stream": ("generation.generation", "Generation"),  # the older name

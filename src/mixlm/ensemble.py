@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from html import escape
 from itertools import starmap
 from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
@@ -22,12 +23,11 @@ from mixlm.generation.generation import Generation, GenerationContext
 from mixlm.generation.prompt import EncodedPrompt, Prompt, encode_prompt, is_batch
 from mixlm.option_spec import OptionSpec
 from mixlm.routing.base import FixedRouter, Router, RouterFunction, as_router
-from mixlm.types import Completion, Message, Sampling
+from mixlm.types import Completion, Message, Sampling, Token, colored_html
 from mixlm.units import build_unit
 from mixlm.units.base import Unit
 
 if TYPE_CHECKING:
-    from mixlm.chat import Chat
     from mixlm.generation.background import AsyncGeneration, BackgroundRunner
     from mixlm.generation.next_distribution import NextDistribution
 
@@ -223,8 +223,6 @@ class Ensemble:
 
     def chat(self, **options: Unpack[Options]) -> Chat:
         """Begin a conversation that remembers its turns, and whose members keep their KV caches between them."""
-        from mixlm.chat import Chat
-
         self.settings(**options)  # an invalid option is refused here, not at the first turn
         return Chat(self, options)
 
@@ -336,6 +334,64 @@ class Ensemble:
     def _build_unit(self, name: UnitName) -> Unit:
         engines = [member.engine for member in self.members]
         return build_unit(name, [engine.vocabulary for engine in engines], [engine.encoder for engine in engines])
+
+
+class Chat:
+    """A conversation. A turn that is interrupted stays in the history as far as it was generated."""
+
+    def __init__(self, ensemble: Ensemble, options: Options) -> None:
+        self.messages: list[Message] = []
+        self._ensemble = ensemble
+        self._options = options
+        self._sessions = [member.engine.session() for member in ensemble.members]
+        self._turns: list[tuple[int, list[Token]]] = []  # the index of each completion, and what is read of it
+
+    def __repr__(self) -> str:
+        return f"<Chat of {len(self.messages)} messages with {', '.join(self._ensemble.names)}>"
+
+    def _repr_html_(self) -> str:
+        """Return the conversation for a notebook, each token of the completions in its member's colour."""
+        turns, parts = dict(self._turns), []
+        for index, message in enumerate(self.messages):
+            tokens = turns.get(index, [])
+            if message != Message("assistant", "".join(token.text for token in tokens)):  # it is edited, or a user's
+                tokens = []
+            shown = colored_html(tokens, self._ensemble.names)
+            plain = f'<pre style="white-space:pre-wrap">{escape(message.content)}</pre>'
+            parts.append(f"<b>{escape(message.role)}</b>{shown if tokens else plain}")
+        return "".join(parts)
+
+    def send(self, text: str) -> Completion:
+        """Add a user's message and return the whole completion."""
+        return self.stream(text).finish()
+
+    def stream(self, text: str) -> ChatGeneration:
+        """Add a user's message and iterate over the completion. The message joins the history once it fits."""
+        options = self._ensemble.settings(**self._options).with_sequence_offset(len(self._turns))
+        user = Message("user", text)
+        prompt = self._ensemble.encode_prompt([*self.messages, user], options)
+        context = self._ensemble.context(options, self._sessions)
+        self.messages += [user, Message("assistant", "")]
+        self._turns.append((len(self.messages) - 1, []))
+        return ChatGeneration(context, prompt, self.messages, *self._turns[-1])
+
+
+class ChatGeneration(Generation):
+    """A turn of a conversation in progress."""
+
+    def __init__(
+        self, context: GenerationContext, prompt: EncodedPrompt, messages: list[Message], index: int, read: list[Token]
+    ) -> None:
+        super().__init__(context, prompt)
+        self._messages = messages
+        self._index = index
+        self._read = read
+
+    def __next__(self) -> Token:
+        token = super().__next__()
+        self._read.append(token)
+        self._messages[self._index] = Message("assistant", self._messages[self._index].content + token.text)
+        return token
 
 
 def _options_text() -> str:

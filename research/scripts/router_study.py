@@ -38,10 +38,10 @@ import numpy as np
 
 from mixlm.fitting.deferral import DeferralScores, train_deferral
 from mixlm.fitting.gate_trainer import GateKind
-from mixlm.fitting.gates import train_gate_on_inputs
-from mixlm.fitting.likelihood import equal_weights, expectation_maximisation, fit_router, simplex
+from mixlm.fitting.gates import train_gate, train_gate_on_inputs
+from mixlm.fitting.likelihood import equal_weights, expectation_maximisation, simplex
 from mixlm.resumable_log import ResumableLog
-from mixlm.routing.gate_router import GROUPS
+from mixlm.routing.gate_router import GROUPS, GateInputs
 from mixlm.scoring.scores import Scores, concatenate, router_weights
 from mixlm.types import Floats
 from research.scripts.router_cost import gate_seconds
@@ -146,7 +146,7 @@ def forwards(weights: Floats, observed: int | None, refreshed: float) -> list[fl
 def trained(name: str, train: Sequence[Scores], kinds: Kinds) -> Weigh:
     """Return the router of a row, trained on scored texts."""
     if name == "a: text, linear":
-        return partial(router_weights, router=fit_router(train))
+        return partial(router_weights, router=train_gate(train, GateInputs(("text",))))
     if name in POSTERIORS:
         return fitted_posterior(train, POSTERIORS[name])
     attempt = {**GATES, **PRICED}[name]
@@ -157,7 +157,7 @@ def trained(name: str, train: Sequence[Scores], kinds: Kinds) -> Weigh:
         return stack(scores, attempt.groups, attempt.block, kinds)
 
     gates = [
-        train_gate_on_inputs(train, inputs, attempt.kind, prices=prices if attempt.price else None, seed=seed).gate
+        train_gate_on_inputs(train, inputs, attempt.kind, prices=prices if attempt.price else None, seed=seed)
         for seed in range(attempt.gates)
     ]
 

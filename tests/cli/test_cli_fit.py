@@ -14,7 +14,7 @@ from mixlm.config_file import read_config
 from mixlm.engines.toy import ToySession
 from mixlm.fitting.likelihood import expectation_maximisation
 from mixlm.loading import load
-from mixlm.routing import LearnedRouter
+from mixlm.routing.gate_router import load_router
 from mixlm.scoring.score import score, score_answers
 from mixlm.scoring.scores import split_holdout
 
@@ -209,7 +209,7 @@ def test_the_ensemble_file_finds_the_router_from_another_folder(
     assert 'file = "../gates/r.json"' in Path("out/pair.toml").read_text()
     monkeypatch.chdir("/")
     config = read_config(tmp_path / "out" / "pair.toml")
-    assert LearnedRouter.load(str(config.router.file)).names == ("toy:1", "toy:2")
+    assert load_router(str(config.router.file)).names == ("toy:1", "toy:2")
     assert run("generate", "hello", "-e", str(tmp_path / "out" / "pair.toml"), "--seed", "1").code == 0
 
 
@@ -339,7 +339,7 @@ def test_help(run: Run) -> None:
 def test_a_router_that_observes_a_member_is_trained_written_and_used(
     run: Run, texts: list[str], gate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixlm.fitting.gate_trainer._EPOCHS", 3)
+    monkeypatch.setattr("mixlm.fitting.gate_trainer._ITERATIONS", 3)
     options = ("--router", "gate.json", "--features", "all", "--gate", gate, "--observe", "toy:2")
     done = run("fit", *texts, *TOYS, *FAST, *options, "--output", "pair.toml", "--json")
     assert done.code == 0, done.err

@@ -21,7 +21,7 @@ MEMBERS = ("-m", "toy:1", "-m", "toy:2", "--unit", "token")
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "words.txt").write_text(" the river sings and one bird falls under two" * 3)
+    (tmp_path / "words.txt").write_text(" the river sings and one bird falls under two" * 6)
     return "words.txt"
 
 
@@ -58,8 +58,7 @@ def test_what_does_not_go_with_a_rule_is_refused(run: Run, words: str, options: 
 
 @pytest.mark.slow
 def test_a_gate_of_defer_is_trained_written_and_used(run: Run, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixlm.fitting.gate_trainer._EPOCHS", 1)
-    monkeypatch.setattr("mixlm.fitting.gate_trainer.DECAYS", (3.0,))
+    monkeypatch.setattr("mixlm.fitting.gate_trainer.PENALTIES", (5e-3,))
     defer = ("fit", words, *MEMBERS, "--rule", "defer")
     done = run(*defer, "--router", "keep.json", "--output", "pair.toml", "--json")
     assert done.code == 0, done.err

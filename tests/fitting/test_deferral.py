@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from toys import ReportingToy, make_ensemble
 from mixlm.core.combinations.defer import Defer
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.fitting import gate_trainer
-from mixlm.fitting.deferral import DeferralScores, _Deferral, deferral_slopes, train_deferral
+from mixlm.fitting.deferral import DeferralScores, train_deferral
 from mixlm.fitting.gate_trainer import gradients
 from mixlm.fitting.gates import untrained
 from mixlm.routing.base import TOP_K, Observes
@@ -30,12 +29,9 @@ from mixlm.scoring.scores import Scores
 
 
 @pytest.fixture(autouse=True)
-def one_decay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer and larger steps than a user's."""
-    monkeypatch.setattr(gate_trainer, "DECAYS", (0.0,))
-    monkeypatch.setattr(gate_trainer, "_EPOCHS", 6)
-    monkeypatch.setattr(gate_trainer, "_MIN_STEPS", 8)
-    monkeypatch.setattr(gate_trainer, "_RATES", {"linear": 0.1})
+def one_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer trials than a user's."""
+    monkeypatch.setattr(gate_trainer, "PENALTIES", (5e-3,))
 
 
 def random_gate(width: int = 0, seed: int = 0) -> Gate:
@@ -65,23 +61,19 @@ def scores(tokens: int = 300, seed: int = 0) -> Scores:
 def test_the_gradient_is_that_of_the_loss(width: int) -> None:
     data, price = DeferralScores.of(scores(12)), 0.4
     data = replace(data, place=np.where(np.arange(12) % 5 == 0, -1, data.place))
-    objective, gate = _Deferral(data, price), random_gate(width)
-    slopes = partial(
-        deferral_slopes,
-        probabilities=np.exp(data.likely),
-        place=data.place,
-        likelihood=np.exp(data.logprobs),
-        price=price,
-    )
-    found = gradients(gate, objective.inputs, slopes)
-    for name in ("linear", "bias", "inner", "outer"):
+    objective, gate = data.objective(price), random_gate(width)
+    loss, slopes = gradients(gate, objective.inputs, objective.loss)
+    keeps = DeferralGate(gate, ["m0", "m1"])
+    top = data.logprobs.max(axis=1)
+    assert loss == pytest.approx((price * (1 - data.kept(keeps)) - data.deferred(keeps) + top).mean(), abs=1e-5)
+    for name, slope in slopes.items():
         array = getattr(gate, name)
         for index in list(np.ndindex(array.shape))[::5]:
             step = np.zeros_like(array)
             step[index] = 3e-3
-            ends = [objective.loss(replace(gate, **{name: array + sign * step})) for sign in (1, -1)]
-            slope = (ends[0] - ends[1]) / 6e-3 * np.log(2) * data.size / 12
-            assert found[name][index] == pytest.approx(slope, abs=5e-3)
+            changed = [replace(gate, **{name: array + sign * step}) for sign in (1, -1)]
+            ends = [gradients(one, objective.inputs, objective.loss)[0] for one in changed]
+            assert slope[index] == pytest.approx((ends[0] - ends[1]) / 6e-3, abs=5e-3)
 
 
 def test_the_place_of_a_token_is_that_of_its_id_among_equally_likely_ones() -> None:

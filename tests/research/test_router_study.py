@@ -18,9 +18,8 @@ def test_texts_and_answers_are_studied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mixlm.fitting.gate_trainer._EPOCHS", 2)
-    monkeypatch.setattr("mixlm.fitting.gate_trainer.DECAYS", (0.1,))
-    monkeypatch.setattr("mixlm.fitting.gate_trainer._MIN_STEPS", 2)
+    monkeypatch.setattr("mixlm.fitting.gate_trainer._ITERATIONS", 3)
+    monkeypatch.setattr("mixlm.fitting.gate_trainer.PENALTIES", (5e-3,))
     for name, count in (("GATES", 3), ("PRICED", 5), ("DEFERRALS", 4), ("THRESHOLDS", 2)):  # some of them
         attempts = getattr(router_study, name)
         monkeypatch.setattr(router_study, name, dict(list(attempts.items())[::count]))
@@ -71,8 +70,8 @@ def test_answers_are_judged_on_questions_that_nothing_was_fitted_to(
 ) -> None:
     monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(router_study, "GATES", {"b: top_k, linear": router_study.GATES["b: top_k, linear"]})
-    monkeypatch.setattr("mixlm.fitting.gate_trainer._EPOCHS", 2)
-    monkeypatch.setattr("mixlm.fitting.gate_trainer.DECAYS", (0.1,))
+    monkeypatch.setattr("mixlm.fitting.gate_trainer._ITERATIONS", 3)
+    monkeypatch.setattr("mixlm.fitting.gate_trainer.PENALTIES", (5e-3,))
     lines = [
         {
             "question": f"What {i}?",

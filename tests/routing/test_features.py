@@ -58,6 +58,6 @@ def test_a_gate_sees_the_same_in_generation_as_in_scoring(prompt: bytes, continu
     gate = LearnedRouter(np.random.default_rng(0).normal(size=(3, FEATURES)), ["a", "b", "c"])
     route = gate.begin(PromptContext(prompt, lambda: np.zeros(3)))
     place = np.array([len(prompt) + len(continuation)])
-    scored = gate.weights_at(prompt + continuation, place)[0]
+    scored = gate.weights_at(features(prompt + continuation, place), None)[0]
     assert (route(Written(continuation)) == scored).all()  # type: ignore[arg-type]
     assert scored.sum() == pytest.approx(1)

@@ -22,6 +22,7 @@ from mixlm.generation.sequence import DecodeStep, Flow
 from mixlm.loading import load_config
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptContext, PromptRouter, Route, Router
 from mixlm.routing.features import FEATURES
+from mixlm.routing.gate_router import GateRouter, load_router
 from mixlm.routing.prompt import weights_by_bits
 from mixlm.verification.check import check
 
@@ -190,14 +191,14 @@ def test_a_file_without_a_router_is_refused_by_name(tmp_path: Path, text: str, m
     path = tmp_path / "router.json"
     path.write_text(text.replace("nan", "NaN"))
     with pytest.raises(ConfigError, match=message) as caught:
-        LearnedRouter.load(path)
+        load_router(path)
     assert "router.json" in caught.value.message
     assert "mixlm fit" in str(caught.value.hint)
 
 
 def test_a_router_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        LearnedRouter.load(tmp_path / "none.json")
+        load_router(tmp_path / "none.json")
 
 
 MEMBERS = [{"model": "toy:1", "weight": 0.25}, {"model": "toy:2", "weight": 0.75}]
@@ -218,7 +219,7 @@ def test_a_file_with_a_router_is_written_and_read(tmp_path: Path, gate: Path, ro
         again = again.model_copy(update={"router": again.router.model_copy(update={"file": gate.name})})
     assert again == config
     built = load_config(read_config(tmp_path / "pair.toml"))
-    kind = {"prompt": PromptRouter, "learned": LearnedRouter}.get(config.router.kind, FixedRouter)
+    kind = {"prompt": PromptRouter, "learned": GateRouter}.get(config.router.kind, FixedRouter)
     assert isinstance(built.router, kind)
     assert built.generate("one", seed=0, max_tokens=3).text
 

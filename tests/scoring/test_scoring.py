@@ -18,7 +18,7 @@ from toys import END, SHARED, WEIGHTS, engine, make_ensemble, toys
 from mixlm.engines.toy import LongestMatch, ToyEngine, ToySession
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptRouter
-from mixlm.routing.features import FEATURES
+from mixlm.routing.features import FEATURES, features
 from mixlm.scoring.passages import Passage
 from mixlm.scoring.score import identity, score, score_answers, score_passages, split_passages
 from mixlm.scoring.scores import Scores, concatenate, router_weights, split_holdout
@@ -513,7 +513,10 @@ def test_weights_of_every_kind_of_router() -> None:
     )
     learned = LearnedRouter(np.random.default_rng(0).normal(size=(2, FEATURES)), scores.names)
     by_function = FunctionRouter(
-        lambda prompt, tail: learned.weights_at(tail, np.array([len(tail)]))[0].tolist() if not prompt else [1, 0], 2
+        lambda prompt, tail: (
+            learned.weights_at(features(tail, np.array([len(tail)])), None)[0].tolist() if not prompt else [1, 0]
+        ),
+        2,
     )
     assert router_weights(scores, learned) == pytest.approx(router_weights(scores, by_function))
 

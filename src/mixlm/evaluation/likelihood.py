@@ -26,7 +26,7 @@ from mixlm.engines.topk_only import TopKOnlySession, full_distribution_error
 from mixlm.ensemble import Ensemble
 from mixlm.errors import PromptTooLongError
 from mixlm.evaluation.contexts import RequestContext
-from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter
+from mixlm.routing import FixedRouter, FunctionRouter
 from mixlm.routing.base import observed_by
 from mixlm.routing.gate_router import GateRouter
 from mixlm.routing.observation import ObservedStates
@@ -75,7 +75,7 @@ class ContinuationScorer:
         context, data = split_context(context, text)
         if not data:
             return 0.0, True
-        knows_bytes_only = isinstance(self._router, FixedRouter | LearnedRouter | FunctionRouter | GateRouter)
+        knows_bytes_only = isinstance(self._router, FixedRouter | FunctionRouter | GateRouter)
         scores, parts = self._segments(context, data, prompts=not knows_bytes_only)
         weights = router_weights(scores, self._router)
         whole = all(engine.top_k_limit is None for engine in self._engines.values())

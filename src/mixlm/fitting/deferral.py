@@ -7,21 +7,19 @@ the likeliest tokens of the first, outside of which `a` is 0, and from what both
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mixlm.core.mixing import mixture_logprobs
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.fitting.gate_trainer import GateKind, OnEpoch, train_with_validation
+from mixlm.fitting.gate_trainer import GateKind, Objective, train_with_validation
 from mixlm.routing.base import TOP_K
 from mixlm.routing.deferral import DeferralGate, deferral_features
-from mixlm.routing.gate import Array, Gate
-from mixlm.scoring.scores import Scores, concatenate, split_holdout
+from mixlm.scoring.scores import Scores
 from mixlm.types import Floats, Ids
 
-_VALIDATION = 0.25  # of each text
 _STRENGTHS = tuple(np.linspace(0.05, 1.0, 20).round(2).tolist())  # of the largest probability
 _START = np.array([0.5, 0.5])
 
@@ -87,6 +85,27 @@ class DeferralScores:
             mixed: Floats = np.logaddexp(np.log(kept) + self.logprobs[:, 0], np.log(left) + self.logprobs[:, 1])
         return mixed
 
+    def objective(self, price: float) -> Objective:
+        """Return what a gate is trained on. price: of a forward of the second member, in nats."""
+        top = self.logprobs.max(axis=1)
+        if not np.isfinite(top).all():
+            raise ConfigError("no member can write some token of the text, so no gate makes it likely", "leave it out")
+        likelihood, probabilities = np.exp(self.logprobs - top[:, None]), np.exp(self.likely)
+
+        def loss(shares: Floats, items: slice) -> tuple[float, Floats]:
+            a, q, place = shares[..., 0], probabilities[items], self.place[items]
+            first, second = likelihood[items].T
+            tokens, among = np.arange(len(a)), place >= 0
+            left = np.maximum(1 - (a * q).sum(axis=1), 0.0)
+            kept = np.where(among, a[tokens, np.maximum(place, 0)], 0.0)
+            total = np.maximum(kept * first + left * second, np.finfo(np.float64).tiny)
+            slope = q * (second / total - price)[:, None]
+            slope[tokens[among], place[among]] -= (first / total)[among]
+            slope *= a * (1 - a)
+            return float((price * left - np.log(total)).sum()), np.stack([slope, -slope], axis=-1)
+
+        return Objective(deferral_features(self.likely), loss)
+
     def by_top(self, strength: float) -> tuple[Floats, float]:
         """Return the log-probability of each token where all is kept of a likely enough one, and the mean kept."""
         keeps = np.exp(self.likely[:, 0]) >= strength
@@ -128,63 +147,12 @@ def compare(
     ]
 
 
-class _Deferral:
-    """The bits of deferral, and the price of the second member's forwards. inputs: (tokens, TOP_K, inputs)."""
-
-    def __init__(self, scores: DeferralScores, price: float) -> None:
-        self.inputs = deferral_features(scores.likely)
-        self._probabilities = np.exp(scores.likely).astype(np.float32)
-        self._top = scores.logprobs.max(axis=1)
-        if not np.isfinite(self._top).all():
-            raise ConfigError("no member can write some token of the text, so no gate makes it likely", "leave it out")
-        self._likelihood = np.exp(scores.logprobs - self._top[:, None]).astype(np.float32)
-        self._place = scores.place
-        self._size, self._price = scores.size, price
-
-    def slopes(self, shares: Array, items: Ids) -> Array:
-        return deferral_slopes(
-            shares, self._probabilities[items], self._place[items], self._likelihood[items], self._price
-        )
-
-    def loss(self, gate: Gate) -> float:
-        items = np.arange(len(self._place))
-        a = gate.weights(self.inputs)[..., 0]
-        left = np.maximum(1 - (a * self._probabilities).sum(axis=1), 0.0)
-        own = np.where(self._place >= 0, a[items, np.maximum(self._place, 0)], 0.0)
-        mixed = own * self._likelihood[:, 0] + left * self._likelihood[:, 1]
-        tiny = np.finfo(np.float64).tiny
-        nats = -(np.log(np.maximum(mixed, tiny)) + self._top).sum() + self._price * left.sum()
-        return float(nats / np.log(2) / self._size)
-
-
-def deferral_slopes(shares: Array, probabilities: Array, place: Ids, likelihood: Array, price: float) -> Array:
-    """Return the gradient of the mean loss with respect to a gate's scores, (tokens, TOP_K, 2).
-
-    Args:
-        shares: The gate's, `a` and 1 − a, (tokens, TOP_K, 2).
-        probabilities: Of the first member's likeliest tokens, (tokens, TOP_K).
-        place: Which of them the token is, (tokens,); -1 for none.
-        likelihood: The token's under both members, of any scale, (tokens, 2).
-        price: Of a forward of the second member, in nats.
-    """
-    a, items = shares[..., 0], np.arange(len(place))
-    left = np.maximum(1 - (a * probabilities).sum(axis=1), 0.0)
-    among = place >= 0
-    own = np.where(among, a[items, np.maximum(place, 0)], 0.0)
-    total = own * likelihood[:, 0] + left * likelihood[:, 1]
-    total = np.maximum(total, np.finfo(np.float32).tiny)
-    slope = probabilities * (likelihood[:, 1] / total - price)[:, None]
-    slope[items[among], place[among]] -= (likelihood[:, 0] / total)[among]
-    slope *= a * (1 - a) / len(place)
-    return np.stack([slope, -slope], axis=-1).astype(np.float32)
-
-
 def train_deferral(
     scores: Sequence[Scores],
     kind: GateKind = "linear",
     *,
     price: float = 0.0,
-    progress: OnEpoch | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> DeferralGate:
     """Train the gate that makes scored texts likely under the rule `defer`.
 
@@ -192,18 +160,12 @@ def train_deferral(
         scores: Texts scored by two members with one vocabulary, with the likely tokens of the first.
         kind: A linear gate, or one with an inner layer.
         price: What a forward of the second member costs, in nats: more of it, and more is kept.
-        progress: Called with the epochs so far and the bits per byte of the validation text.
+        progress: Called with the trainings done, and their number.
 
     Raises:
         ConfigError, UnsupportedError: As in `DeferralScores.of`; or the texts are too short.
     """
-    parts = [split_holdout(part, _VALIDATION) for part in scores if part.is_divisible]
-    if not parts:
-        raise ConfigError("there is too little text to train a gate", "give texts of a few kilobytes")
-
-    def objective(part: Sequence[Scores]) -> _Deferral:
-        return _Deferral(DeferralScores.of(concatenate(part)), price)
-
-    objectives = (objective([part for part, _ in parts]), objective([part for _, part in parts]), objective(scores))
-    choice = train_with_validation(objectives, _START, kind, progress=progress)
-    return DeferralGate(choice.gate, scores[0].names)
+    gate = train_with_validation(
+        scores, lambda part: DeferralScores.of(part).objective(price), _START, kind, progress=progress
+    )
+    return DeferralGate(gate, scores[0].names)

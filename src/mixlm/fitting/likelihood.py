@@ -1,4 +1,4 @@
-"""Weights and routers from data: the likelihood of the mixture, maximised.
+"""Weights from data: the likelihood of the mixture, maximised.
 
 Everything here works on scored text (`scoring/score`): one forward pass a member, once; after that a fit is a matter
 of milliseconds, because the members' log-probabilities do not depend on the weights. The paper searches a grid of
@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from mixlm.core.mixing import normalized_weights
-from mixlm.core.sampling import softmax
 from mixlm.errors import ConfigError
 from mixlm.routing import PromptRouter
-from mixlm.routing.features import FEATURES
-from mixlm.routing.learned import LearnedRouter
-from mixlm.scoring.scores import Scores, concatenate, context_features, router_weights, split_holdout
+from mixlm.scoring.scores import Scores, router_weights
 from mixlm.types import Floats
 
 _MOST_POINTS = 200_000
 # With fewer blocks than this, resampling them says little about how sure a weight is.
 _LEAST_BLOCKS = 20
 _SHARPNESS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-_PENALTIES = (5e-3, 5e-2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -178,90 +174,3 @@ def fit_by_prompt(scores: Scores, weights: Floats) -> tuple[PromptRouter, float]
     }
     best = min(bits, key=lambda sharpness: bits[sharpness])
     return routers[best], best
-
-
-def fit_router(
-    scores: Sequence[Scores], *, penalty: float | None = None, progress: Callable[[int, float], None] | None = None
-) -> LearnedRouter:
-    """Train the gate that makes scored texts most likely: `Σ log Σ_i softmax(W f)_i P_i`, with a squared penalty on W.
-
-    scores: texts scored by the same members. penalty: per segment, on the coefficients of standardised features; the
-    constant has none. Left out, it is chosen by the last quarter of each text. progress: called with the round and its
-    bits per byte. It starts from EM's weights.
-    """
-    if penalty is None:
-        penalty = _chosen_penalty(scores)
-    return _train_router(scores, penalty, progress)
-
-
-def _chosen_penalty(scores: Sequence[Scores]) -> float:
-    """Return the penalty whose gate, trained on the first three quarters of each text, does best on the last ones."""
-    parts = [split_holdout(score, 0.25) for score in scores if score.is_divisible]
-    if not parts:
-        return _PENALTIES[-1]
-    first, last = concatenate([part for part, _ in parts]), concatenate([part for _, part in parts])
-
-    def loss(penalty: float) -> float:
-        router = _train_router([first], penalty)
-        return last.bits_per_byte(last.mixture(router_weights(last, router)))
-
-    return min(_PENALTIES, key=loss)
-
-
-def _train_router(
-    scores: Sequence[Scores], penalty: float, progress: Callable[[int, float], None] | None = None
-) -> LearnedRouter:
-    from scipy.optimize import minimize
-
-    if any(score.names != scores[0].names for score in scores):
-        raise ConfigError("a router is trained on texts that were scored by the same members")
-    whole = concatenate(scores)
-    raw = context_features(whole)
-    centre, scale = raw.mean(axis=0), raw.std(axis=0) + 1e-3
-    centre[-1], scale[-1] = 0.0, 1.0  # the constant
-    likelihood, top = scaled_likelihood(whole)
-    loss = GateLoss((raw - centre) / scale, likelihood, penalty)
-    done = 0
-
-    def report(flat: Floats) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, whole.bits_per_byte(np.log(loss.mixed(flat)) + top))
-
-    start = np.zeros((len(whole.names), FEATURES))
-    start[:, -1] = np.log(np.maximum(expectation_maximisation(whole).weights, 1e-4))
-    optimum = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", callback=report, options={"maxiter": 200})
-    # The gate works on features as they are: their standardisation goes into the matrix.
-    matrix = optimum.x.reshape(start.shape) / scale
-    matrix[:, -1] -= matrix[:, :-1] @ centre[:-1]
-    return LearnedRouter(matrix, whole.names)
-
-
-class GateLoss:
-    """Mean negative log-likelihood of segments under a gate, with its penalty; called, it gives value and gradient.
-
-    inputs: standardised features, the constant last, (segments, features). likelihood: (segments, members).
-    """
-
-    def __init__(self, inputs: Floats, likelihood: Floats, penalty: float) -> None:
-        self._inputs = inputs
-        self._likelihood = likelihood
-        self._shape = (likelihood.shape[1], inputs.shape[1])
-        self._penalties = np.full(inputs.shape[1], penalty)
-        self._penalties[-1] = 0.0
-
-    def mixed(self, flat: Floats) -> Floats:
-        """Return the likelihood of each segment, (segments,), for a gate's coefficients, flat."""
-        out: Floats = (softmax(self._inputs @ flat.reshape(self._shape).T) * self._likelihood).sum(axis=1)
-        return out
-
-    def __call__(self, flat: Floats) -> tuple[float, Floats]:
-        """Return the loss of a gate's coefficients and its gradient, both flat."""
-        matrix = flat.reshape(self._shape)
-        shares = softmax(self._inputs @ matrix.T)
-        joint = shares * self._likelihood
-        total = joint.sum(axis=1, keepdims=True)
-        slope = (shares - joint / total).T @ self._inputs / len(self._inputs) + 2 * self._penalties * matrix
-        value = -float(np.log(total).mean()) + float((self._penalties * matrix**2).sum())
-        return value, slope.ravel()

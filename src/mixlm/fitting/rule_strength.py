@@ -80,7 +80,7 @@ class StrengthFit:
 
 def check_fittable(rule: Combination) -> None:
     """Raise UnsupportedError for a rule without a strength."""
-    if not isinstance(getattr(rule, "strength", None), int | float):
+    if rule.name not in _STRENGTHS:
         raise UnsupportedError(
             f"rule {rule_name(rule)} has no strength to fit", f"the rules with one are {', '.join(_STRENGTHS)}"
         )

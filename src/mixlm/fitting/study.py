@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,13 @@ from mixlm.fitting.likelihood import (
     equal_weights,
     expectation_maximisation,
     fit_by_prompt,
-    fit_router,
     grid_search,
 )
-from mixlm.routing import LearnedRouter, PromptRouter, Router
+from mixlm.routing import PromptRouter, Router
 from mixlm.routing.gate_router import GateInputs, GateRouter
 from mixlm.scoring.scores import Scores, concatenate, router_weights, split_holdout, with_leading_prompts
 from mixlm.terminal import Progress
 from mixlm.types import Floats
-
-_ROUTER_ROUNDS = 500
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class FitPlan:
 
     holdout: share of every text that is held out; 0 checks on the training text itself. bootstrap: refits for the
     intervals, 0 for none. step: of the grid, None for no grid. router: whether to train one. inputs, gate: what the
-    router looks at, and its kind; None for the linear gate on the text of `fit_router`. given: weights to compare.
+    router looks at, None for the text, and its kind. given: weights to compare.
     prompt: how many bytes of each passage of a bare text are its prompt, which is not scored.
     """
 
@@ -82,7 +80,7 @@ class FitStudy:
     intervals: Floats | None
     grid: WeightFit | None
     by_prompt: tuple[PromptRouter, float] | None
-    router: LearnedRouter | GateRouter | None
+    router: GateRouter | None
     router_seconds: float
     rows: tuple[FitRow, ...]
 
@@ -179,20 +177,11 @@ def study(files: Mapping[str, Scores], plan: FitPlan, *, progress: Progress | No
     intervals = bootstrap(whole, rounds=plan.bootstrap) if plan.bootstrap else None
     grid = grid_search(whole, plan.step)[0] if plan.step is not None else None
     by_prompt = fit_by_prompt(whole, em.weights) if whole.prompt_bits.any() else None
-    router: LearnedRouter | GateRouter | None = None
-    seconds = 0.0
+    router, start = None, time.perf_counter()
     if plan.router:
-        start = time.perf_counter()
-
-        def report(done: int, bits: float) -> None:
-            if progress is not None:
-                progress("training the router", done, _ROUTER_ROUNDS)
-
-        if plan.inputs is None:
-            router = fit_router(list(train.values()), progress=report)
-        else:
-            router = train_gate(list(train.values()), plan.inputs, plan.gate, progress=report).router
-        seconds = time.perf_counter() - start
+        report = None if progress is None else partial(progress, "training the router")
+        router = train_gate(list(train.values()), plan.inputs or GateInputs(("text",)), plan.gate, progress=report)
+    seconds = time.perf_counter() - start
     rows = _members(check)
     rows.append(_fixed("equal weights", check, equal_weights(whole)))
     if plan.given is not None:

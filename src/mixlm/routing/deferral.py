@@ -13,9 +13,8 @@ import numpy as np
 from mixlm.core.sampling import largest_indices
 from mixlm.errors import ConfigError
 from mixlm.routing.base import TOP_K
-from mixlm.routing.gate import Array, Gate
+from mixlm.routing.gate import Array, Gate, saved_form
 from mixlm.routing.gate_router import LOGPROB_FLOOR, TOP_K_FEATURES, VERSION, top_k_features
-from mixlm.routing.learned import saved_form
 from mixlm.types import Floats
 
 KIND = "deferral"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,35 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
 def numbers_file(path: str | Path) -> Path:
     """Return the file of a gate's numbers, beside its JSON."""
     return Path(path).with_suffix(".safetensors")
+
+
+@contextmanager
+def saved_form(path: str | Path, what: str, hint: str) -> Iterator[dict[str, Any]]:
+    """Yield the JSON of a file that mixlm has written, to build what it describes.
+
+    Args:
+        path: The file.
+        what: What it is, for messages.
+        hint: What to do about a file that is not of that kind.
+
+    Raises:
+        ConfigError: It cannot be read, or what it describes cannot be built.
+    """
+    try:
+        form = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if not isinstance(form, dict):
+            raise TypeError
+        yield form
+    except OSError as error:
+        raise ConfigError(f"the {what} {path} cannot be read: {error.strerror}", hint) from error
+    except ConfigError as error:
+        raise ConfigError(f"the {what} {path} cannot be used: {error.message}", error.hint or hint) from error
+    except (TypeError, AttributeError) as error:
+        wrong = "a value in it has another type than those that mixlm fit writes"
+        raise ConfigError(f"{path} is not a {what}: {wrong}", hint) from error
+    except (ValueError, KeyError, RecursionError) as error:
+        wrong = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"{path} is not a {what}: {wrong}", hint) from error
 
 
 def _safetensors() -> Any:

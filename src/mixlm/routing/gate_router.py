@@ -1,13 +1,15 @@
 """A trained gate on what is known of a state: the text, and the observed member's likeliest tokens and hidden state.
 
 It is trained by `mixlm.fitting.gates`. A file of it is two: JSON that says what it is, and its numbers as safetensors.
+That of a linear gate on the text alone is one, with a matrix.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy.typing as npt
 from mixlm.errors import ConfigError
 from mixlm.routing.base import Observation, Observes, ObservingRoute, PromptContext, Route
 from mixlm.routing.features import FEATURE_TAIL, FEATURES, features
-from mixlm.routing.gate import Array, Gate
+from mixlm.routing.gate import Array, Gate, saved_form
 from mixlm.routing.observation import ObservedStates
 from mixlm.types import Floats
 from mixlm.units.base import TextView
@@ -61,6 +63,11 @@ class GateInputs:
             raise ConfigError(f"a gate on {', '.join(self.groups)} has top_k {self.top_k}, width {self.hidden_size}")
         if any(wants.values()) != (self.observed is not None):
             raise ConfigError("a gate observes a member exactly where its features are of one")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is the text alone."""
+        return self.groups == ("text",)
 
     @property
     def size(self) -> int:
@@ -184,7 +191,7 @@ class GateRouter:
         self.gate.save(path, form)
 
     @classmethod
-    def load(cls, path: str | Path, form: dict[str, Any]) -> GateRouter:
+    def from_form(cls, path: str | Path, form: dict[str, Any]) -> GateRouter:
         """Return the router that a file describes.
 
         Args:
@@ -204,6 +211,40 @@ class GateRouter:
         )
         names = [str(name) for name in form["members"]]
         return cls(Gate.load(path, form, len(names), inputs.size), names, inputs)
+
+
+class LearnedRouter(GateRouter):
+    """A linear gate on the text alone, `softmax(matrix · features)`. matrix: float64 (members, FEATURES)."""
+
+    def __init__(self, matrix: Floats, names: Sequence[str]) -> None:
+        gate = replace(Gate.untrained(*matrix.shape), linear=matrix.astype(np.float32))
+        super().__init__(gate, names, GateInputs(("text",)))
+        self.matrix = matrix
+
+    @classmethod
+    def of(cls, gate: Gate, names: Sequence[str]) -> LearnedRouter:
+        """Return the router of a linear gate on the text, whose last feature is 1."""
+        matrix = gate.linear / gate.scale.astype(np.float64)
+        matrix[:, -1] += gate.bias - matrix @ gate.centre
+        return cls(matrix, names)
+
+    def save(self, path: str | Path) -> None:
+        """Write the gate as JSON."""
+        form = {"kind": "learned", "members": list(self.names), "matrix": self.matrix.tolist()}
+        Path(path).write_text(json.dumps(form) + "\n", encoding="utf-8")
+
+
+def load_router(path: str | Path) -> GateRouter:
+    """Read a router that `mixlm fit --router` has written. Raises ConfigError if the file is not one."""
+    with saved_form(path, "learned router", "train one with mixlm fit --router of this version") as form:
+        if form["kind"] == KIND:
+            return GateRouter.from_form(path, form)
+        if form["kind"] != "learned":
+            raise ValueError(f"its kind is {form['kind']!r}")
+        matrix, names = np.array(form["matrix"], dtype=np.float64), [str(name) for name in form["members"]]
+        if matrix.shape != (len(names), FEATURES) or not np.isfinite(matrix).all():
+            raise ValueError(f"its matrix is not one of {len(names)} × {FEATURES} finite numbers")
+        return LearnedRouter(matrix, names)
 
 
 def _single(observation: Observation) -> ObservedStates:

@@ -7,12 +7,10 @@ from functools import partial
 
 import numpy as np
 
-from mixlm.core.sampling import softmax
 from mixlm.errors import UnsupportedError
 from mixlm.routing.base import CheckedRoute, FixedRouter, PromptContext, Router, observed_by
 from mixlm.routing.features import FEATURES, features
 from mixlm.routing.gate_router import GateRouter
-from mixlm.routing.learned import LearnedRouter
 from mixlm.routing.observation import ObservedStates
 from mixlm.routing.prompt import PromptRouter
 from mixlm.tokenization.segments import Offsets
@@ -41,8 +39,6 @@ def weights_along(
     Raises:
         UnsupportedError: The router reads the members' tokens, or observes a member, and these are not given.
     """
-    if isinstance(router, LearnedRouter):
-        return softmax(features_along(text, starts, passage_starts) @ router.matrix.T)
     observes = observed_by(router, prompt_bits.shape[1])
     if observes is not None and (observed is None or (observes.hidden and observed.hidden is None)):
         raise UnsupportedError(

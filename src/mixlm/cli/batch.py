@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from mixlm.cli.display import dim, engines_by_member, print_json
 from mixlm.cli.inputs import STDIN, check_writable, json_lines, line_error, read_texts
-from mixlm.cli.options import Shared, check_counts
+from mixlm.cli.options import Shared, option_flag
 from mixlm.core.options import OPTIONS, Options
 from mixlm.core.rule_options import rule_as_dict
 from mixlm.errors import ConfigError, UsageError, did_you_mean
@@ -32,145 +32,113 @@ if TYPE_CHECKING:
 _RECORD = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 
 
-@dataclass(frozen=True, slots=True)
-class PromptFile:
-    """A file of prompts and the file of their completions.
-
-    Args:
-        input: The prompts, JSON Lines; "-" is standard input.
-        output: The completions, JSON Lines; "-" is standard output.
-        batch_size: The number of completions generated together.
-    """
-
-    input: Path
-    output: Path
-    batch_size: int
-
-    def records(self) -> list[PromptRecord]:
-        """Read the prompts.
-
-        Raises:
-            ConfigError: A line is not a prompt, or the output cannot be written; the message names the file and line.
-            UsageError: Input and output are the same file.
-        """
-        check_counts(batch=self.batch_size)
-        if not self._to_stdout:
-            check_writable("--output", self.output)
-            if self.output.exists() and not self.output.is_file():
-                reason = f"--output {self.output} is no file that can be continued"
-                raise UsageError(reason, "--output - is standard output")
-        [(name, text)] = read_texts([self.input], f"each line must be an object {_RECORD}").items()
-        if name != STDIN and self.input.resolve() == self.output.resolve():
-            raise UsageError(f"--input and --output are both {self.input}", "name another file for the completions")
-        return [_read_record(name, number, record) for number, record in json_lines(name, text, _RECORD)]
-
-    def run(self, ensemble: Ensemble, records: Sequence[PromptRecord], options: Options) -> int:
-        """Generate the missing completions. Returns the exit code: 1 if a prompt failed."""
-        from mixlm.routing.base import FixedRouter, describe_router
-
-        settings = ensemble.settings(**options)
-        fixed = {name: value for name, value in options.items() if name != "seed"}
-        of_ensemble: dict[str, Any] = {}
-        if settings.rule is not None:
-            of_ensemble["rule"] = rule_as_dict(settings.rule, settings.rule_parameters)
-        if any(sampling := [dict(member.sampling) for member in ensemble.members]):
-            of_ensemble["sampling"] = sampling
-        if not isinstance(ensemble.router, FixedRouter):
-            of_ensemble["router"] = describe_router(ensemble.router)
-        request = {
-            "options": fixed,
-            "method": settings.method,
-            "unit": ensemble.unit.name,
-            "system": settings.system,
-            "members": ensemble.names,
-            "weights": ensemble.weights.tolist(),
-            **of_ensemble,
-            "engines": [[member.engine.backend, member.engine.details.get("dtype")] for member in ensemble.members],
-        }
-        run = {
-            "mixlm": __version__,
-            "engines": engines_by_member(ensemble),
-            "weights": dict(zip(ensemble.names, ensemble.weights.tolist(), strict=True)),
-            "method": settings.method,
-            "unit": ensemble.unit.name,
-            **of_ensemble,
-            "options": fixed,
-        }
-        keys = [_key({**request, **record.as_key(), "number": number}) for number, record in enumerate(records)]
-        if self._to_stdout:
-            return self._generate(ensemble, records, {"seed": settings.seed, **options}, keys, run, None)
-        with exclusive(self.output):
-            log = ResumableLog(self.output, index="number", key="key", result="seed")
-            for i in log.records:
-                log.get(i, keys[i] if i in range(len(keys)) else "")
-            seed = next((record["seed"] for record in reversed(log.records.values())), settings.seed)
-            if "seed" in options and seed != options["seed"]:
-                raise ConfigError(
-                    f"{self.output} was written with seed {seed}, and --seed is {options['seed']}",
-                    "leave --seed out to continue it, or name another file",
-                )
-            if log.records:
-                rest = "continuing with the rest" if len(log.records) < len(records) else "nothing is left to generate"
-                dim(f"{len(log.records)} of {len(records)} are in {self.output}; {rest}")
-            return self._generate(ensemble, records, {"seed": seed, **options}, keys, run, log)
-
-    @property
-    def _to_stdout(self) -> bool:
-        return str(self.output) == "-"
-
-    def _generate(
-        self,
-        ensemble: Ensemble,
-        records: Sequence[PromptRecord],
-        options: Mapping[str, Any],
-        keys: Sequence[str],
-        run: Mapping[str, Any],
-        log: ResumableLog | None,
-    ) -> int:
-        """Generate what is not in the log, and write it as it finishes. Returns the exit code."""
-        done = set() if log is None else set(log.records)
-        missing = [(i, record.prompt) for i, record in enumerate(records) if i not in done]
-        failed = 0
-        with progress_bars(single=True) as show:
-            if show is not None:
-                show("completions", len(done), len(records))
-            generations = ensemble.numbered_generations(missing, at_once=self.batch_size, **cast("Options", options))
-            for finished, (i, generation) in enumerate(generations, start=len(done) + 1):
-                if generation.error is not None:
-                    failed += 1
-                    dim(f"prompt {i + 1}: {generation.error.with_hint}")
-                    continue
-                fields = {**records[i].extra, **generation.completion.as_dict(), "run": run}
-                fields.pop("tokens", None)
-                if log is None:
-                    print_json({"number": i, "key": keys[i], **fields}, indent=None)
-                else:
-                    log.add(i, keys[i], fields)
-                if show is not None:
-                    show("completions", finished, len(records))
-        if failed:
-            again = "" if log is None else "; run the same command again to retry them"
-            dim(f"{failed} of {len(records)} failed{again}")
-        return 1 if failed else 0
-
-
-@dataclass(frozen=True, slots=True)
-class PromptRecord:
-    """A line of the input.
-
-    Attributes:
-        prompt: The prompt or the conversation.
-        extra: The other keys of the line, which its output line has too.
-    """
+class PromptRecord(NamedTuple):
+    """A line of the input: a prompt or a conversation, and the other keys, which its output line has too."""
 
     prompt: Prompt
     extra: Mapping[str, Any]
 
-    def as_key(self) -> dict[str, Any]:
-        """Return what a line that is continued must have in common with this one."""
-        prompt = self.prompt
-        plain = prompt if isinstance(prompt, str) else [dict(cast("Any", message)) for message in prompt]
-        return {"prompt": plain, **({"extra": self.extra} if self.extra else {})}
+
+def read_prompts(source: Path, output: Path) -> list[PromptRecord]:
+    """Read a file of prompts, whose completions are written to another one; "-" are standard input and output.
+
+    Raises:
+        ConfigError: A line is not a prompt, or the output cannot be written; the message names the file and line.
+        UsageError: Input and output are the same file.
+    """
+    if str(output) != "-":
+        check_writable("--output", output)
+        if output.exists() and not output.is_file():
+            raise UsageError(f"--output {output} is no file that can be continued", "--output - is standard output")
+    [(name, text)] = read_texts([source], f"each line must be an object {_RECORD}").items()
+    if name != STDIN and source.resolve() == output.resolve():
+        raise UsageError(f"--input and --output are both {source}", "name another file for the completions")
+    return [_read_record(name, number, record) for number, record in json_lines(name, text, _RECORD)]
+
+
+def complete_file(
+    ensemble: Ensemble, records: Sequence[PromptRecord], options: Options, output: Path, batch_size: int
+) -> int:
+    """Generate the missing completions, so many together. Returns the exit code: 1 if a prompt failed."""
+    from mixlm.routing.base import FixedRouter, describe_router
+
+    settings = ensemble.settings(**options)
+    fixed = {name: value for name, value in options.items() if name != "seed"}
+    of_ensemble: dict[str, Any] = {}
+    if settings.rule is not None:
+        of_ensemble["rule"] = rule_as_dict(settings.rule, settings.rule_parameters)
+    if any(sampling := [dict(member.sampling) for member in ensemble.members]):
+        of_ensemble["sampling"] = sampling
+    if not isinstance(ensemble.router, FixedRouter):
+        of_ensemble["router"] = describe_router(ensemble.router)
+    weights = ensemble.weights.tolist()
+    common = {"method": settings.method, "unit": ensemble.unit.name, **of_ensemble, "options": fixed}
+    run = {
+        "mixlm": __version__,
+        "engines": engines_by_member(ensemble),
+        "weights": dict(zip(ensemble.names, weights, strict=True)),
+        **common,
+    }
+    request = {
+        **common,
+        "system": settings.system,
+        "members": ensemble.names,
+        "weights": weights,
+        "engines": [[member.engine.backend, member.engine.details.get("dtype")] for member in ensemble.members],
+    }
+    keys = [_key(request, record, number) for number, record in enumerate(records)]
+    if str(output) == "-":
+        return _complete(ensemble, records, {"seed": settings.seed, **options}, batch_size, keys, run, None)
+    with exclusive(output):
+        log = ResumableLog(output, index="number", key="key", result="seed")
+        for i in log.records:
+            log.get(i, keys[i] if i in range(len(keys)) else "")
+        seed = next((record["seed"] for record in reversed(log.records.values())), settings.seed)
+        if "seed" in options and seed != options["seed"]:
+            raise ConfigError(
+                f"{output} was written with seed {seed}, and --seed is {options['seed']}",
+                "leave --seed out to continue it, or name another file",
+            )
+        if log.records:
+            rest = "continuing with the rest" if len(log.records) < len(records) else "nothing is left to generate"
+            dim(f"{len(log.records)} of {len(records)} are in {output}; {rest}")
+        return _complete(ensemble, records, {"seed": seed, **options}, batch_size, keys, run, log)
+
+
+def _complete(
+    ensemble: Ensemble,
+    records: Sequence[PromptRecord],
+    options: Options,
+    batch_size: int,
+    keys: Sequence[str],
+    run: Mapping[str, Any],
+    log: ResumableLog | None,
+) -> int:
+    """Generate what is not in the log, and write it as it finishes. Returns the exit code."""
+    done = set() if log is None else set(log.records)
+    missing = [(i, record.prompt) for i, record in enumerate(records) if i not in done]
+    failed = 0
+    with progress_bars(single=True) as show:
+        if show is not None:
+            show("completions", len(done), len(records))
+        generations = ensemble.numbered_generations(missing, at_once=batch_size, **options)
+        for finished, (i, generation) in enumerate(generations, start=len(done) + 1):
+            if generation.error is not None:
+                failed += 1
+                dim(f"prompt {i + 1}: {generation.error.with_hint}")
+                continue
+            fields = {**records[i].extra, **generation.completion.as_dict(), "run": run}
+            fields.pop("tokens", None)
+            if log is None:
+                print_json({"number": i, "key": keys[i], **fields}, indent=None)
+            else:
+                log.add(i, keys[i], fields)
+            if show is not None:
+                show("completions", finished, len(records))
+    if failed:
+        again = "" if log is None else "; run the same command again to retry them"
+        dim(f"{failed} of {len(records)} failed{again}")
+    return 1 if failed else 0
 
 
 # Keys of output lines; an input line may not have them.
@@ -193,33 +161,25 @@ def _read_record(name: str, number: int, record: dict[str, Any]) -> PromptRecord
     for key in extra:
         if (option := key.lower().replace("-", "_")) in _RUN_OPTIONS:
             reason = f"{key!r} is an option, and all prompts of a run have the same"
-            hint = f"give it once, as an option of mixlm generate{_flag(option)}; data of your own needs another name"
+            is_flag = option in _OF_ENSEMBLE or (option in OPTIONS and OPTIONS[option].panel is not None)
+            named = f": {option_flag(option)}" if is_flag else ""
+            hint = f"give it once, as an option of mixlm generate{named}; data of your own needs another name"
             raise ConfigError(f"{name}, line {number}: {reason}", hint)
         if key in _OUTPUT_KEYS:
             raise ConfigError(
                 f"{name}, line {number}: {key!r} is a key of the output, whose lines have those of the input too",
                 "give it another name",
             )
-    return PromptRecord(_prompt(name, number, record), extra)
-
-
-def _flag(option: str) -> str:
-    known = option in _OF_ENSEMBLE or (option in OPTIONS and OPTIONS[option].panel is not None)
-    return f": --{option.replace('_', '-')}" if known else ""
-
-
-def _prompt(name: str, number: int, record: dict[str, Any]) -> Prompt:
-    """Return the prompt of one line."""
-    if "prompt" in record:
-        prompt = record["prompt"]
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise line_error(name, number, '"prompt" is empty or not a string', _RECORD)
-        return prompt
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+    prompt, messages = record.get("prompt"), record.get("messages")
+    if "prompt" in record and not (isinstance(prompt, str) and prompt.strip()):
+        raise line_error(name, number, '"prompt" is empty or not a string', _RECORD)
+    is_list = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
+    if "messages" in record and not is_list:
         raise line_error(name, number, '"messages" is not a list of messages', _RECORD)
-    return cast("Prompt", messages)
+    return PromptRecord(cast("Prompt", prompt or messages), extra)
 
 
-def _key(request: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+def _key(request: Mapping[str, Any], record: PromptRecord, number: int) -> str:
+    """Return what tells apart all that a completion depends on, but for the seed."""
+    plain = {**request, "prompt": record.prompt, "number": number, **({"extra": record.extra} if record.extra else {})}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

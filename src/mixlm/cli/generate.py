@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Argument
 
-from mixlm.cli.batch import PromptFile
+from mixlm.cli.batch import complete_file, read_prompts
 from mixlm.cli.display import Display, completion_fields, print_json
 from mixlm.cli.inputs import input_is_piped, piped_text, read_texts, stdin_text
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, flag, with_shared
+from mixlm.cli.options import Shared, check_counts, flag, with_shared
 from mixlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -96,10 +96,11 @@ def generate(
         if prompt is not None or as_json:
             unwanted = "prompt" if prompt is not None else "--json"
             raise UsageError(f"--input takes no {unwanted}", "prompts and completions are in files")
-        file = PromptFile(input, output, 16 if batch is None else batch)
-        records = file.records()
+        check_counts(batch=batch)
+        records = read_prompts(input, output)
         options = cast("Options", {**shared.options(), **extra})
-        return file.run(open_ensemble(shared, options, one_method=True), records, options)
+        ensemble = open_ensemble(shared, options, one_method=True)
+        return complete_file(ensemble, records, options, output, 16 if batch is None else batch)
     if batch is not None:
         raise UsageError("--batch is given without --input", "omit it, or name a file of prompts")
     text = _text(prompt, raw)

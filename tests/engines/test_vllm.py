@@ -48,7 +48,8 @@ def test_two_models_live_in_one_process(engine, exact, tmp_path):
     thread = other.thread
     del other
     gc.collect()
-    assert thread.join(20)
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_members_that_differ_in_prompts_share_one_model(engine):

@@ -5,19 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixlm.engines.vllm.sampling_params import format_ranges, parse_ranges
+from mixlm.engines.vllm.sampling_params import banned_ranges, parse_ranges
 
 
 @pytest.mark.slow
 @given(st.sets(st.integers(0, 300), min_size=1))
 def test_ranges_are_parsed_as_they_were_formatted(ids):
     sorted_ids = np.array(sorted(ids))
-    np.testing.assert_array_equal(parse_ranges(format_ranges(sorted_ids)), sorted_ids)
+    np.testing.assert_array_equal(parse_ranges(banned_ranges(sorted_ids)), sorted_ids)
 
 
 def test_neighbours_are_one_range():
-    assert format_ranges(np.array([0, 1, 2, 7, 9, 10])) == "0-2,7,9-10"
-    assert format_ranges(np.zeros(0, dtype=np.int64)) == ""
+    assert banned_ranges(np.array([0, 1, 2, 7, 9, 10])) == "0-2,7,9-10"
+    assert banned_ranges(np.zeros(0, dtype=np.int64)) == ""
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "1--2", "1 to 2"])

@@ -80,7 +80,8 @@ def test_requests_that_wait_are_one_batch():
     assert sum(backend.batches) == 4
     assert len(backend.batches) <= 2
     thread.close()
-    assert thread.join(10)
+    thread.join(10)
+    assert not thread.is_alive()
     assert backend.is_closed
 
 
@@ -99,7 +100,8 @@ def test_a_backend_that_fails_fails_what_waits_and_what_comes_later():
     backend.failure = RuntimeError("out of memory")
     with pytest.raises(EngineError, match="vLLM has stopped: out of memory"):
         thread.submit(PROMPT, PARAMETERS).result(10)
-    assert thread.join(10)
+    thread.join(10)
+    assert not thread.is_alive()
     assert not thread.alive
     with pytest.raises(EngineError, match="vLLM has stopped: out of memory"):
         thread.submit(PROMPT, PARAMETERS).result(10)
@@ -108,7 +110,8 @@ def test_a_backend_that_fails_fails_what_waits_and_what_comes_later():
 def test_a_thread_that_was_closed_takes_no_requests():
     thread = EngineThread(FakeBackend)
     thread.close()
-    assert thread.join(10)
+    thread.join(10)
+    assert not thread.is_alive()
     with pytest.raises(EngineError, match="vLLM has stopped: it was closed"):
         thread.submit(PROMPT, PARAMETERS).result(10)
 
@@ -198,7 +201,8 @@ def test_a_model_that_vllm_cannot_load_is_named(folder):
 
 def test_an_engine_that_is_freed_stops_its_thread(load, backends):
     thread = load().thread
-    assert thread.join(10)
+    thread.join(10)
+    assert not thread.is_alive()
     assert backends[0].is_closed
 
 
@@ -206,10 +210,12 @@ def test_an_engine_on_the_same_weights_keeps_the_thread_and_has_ends_of_its_own(
     template = "{% for message in messages %}{{ message.content }}<turn>{% endfor %}"
     shared = load().with_spec(EngineSpec("tiny", "other", engine="vllm", template=template))
     assert shared.thread.alive
-    assert not shared.thread.join(0.1)
+    shared.thread.join(0.1)
+    assert shared.thread.is_alive()
     assert shared.vocabulary.end_ids == {256, 257}
     assert shared.sampleable[[256, 257]].all()
     assert shared.with_spec(EngineSpec("tiny", "other", engine="vllm", adapter="x")) is None
     thread = shared.thread
     del shared
-    assert thread.join(10)
+    thread.join(10)
+    assert not thread.is_alive()

@@ -53,9 +53,9 @@ def test_a_folder_is_served_by_its_files_names_and_shares_its_models(start_proce
     (tmp_path / "plain.toml").write_text(members.format(2))
     (tmp_path / "other.toml").write_text('method = "conventional"\n' + members.format(3))
     count = (
-        "from mixlm.engines import toy; plain = toy.ToyEngine.from_spec\n"
+        "from mixlm.engines import toy; plain = toy.load\n"
         "def counted(spec):\n    import sys; print('LOADED', spec.model, file=sys.stderr); return plain(spec)\n"
-        "toy.ToyEngine.from_spec = counted\n"
+        "toy.load = counted\n"
     )
     server = start_process("--config", str(tmp_path), preamble=count)
     models = httpx.get(server.url + "/v1/models").json()["data"]

@@ -129,23 +129,6 @@ class ToyEngine(Engine):
         self.hidden_size = size  # the hidden state of a table is its row
         self._samples_itself = samples_itself
 
-    @classmethod
-    def from_spec(cls, spec: EngineSpec) -> ToyEngine:
-        """Build the toy that `toy:SEED` names.
-
-        Raises:
-            ConfigError: Another engine is named.
-            UnsupportedError: There is an adapter.
-        """
-        if spec.engine not in ("auto", "toy"):
-            raise ConfigError(f"engine is {spec.engine!r}, and {spec.model} is a toy, its own engine", "leave it out")
-        if spec.adapter is not None:
-            raise UnsupportedError(f"{spec.model} is a toy, which takes no adapter", "leave it out")
-        digits = re.sub(r"\D", "", spec.model) or "0"
-        toy = cls(table=wordy_table(int(digits)), name=spec.model)
-        toy.prompts.system = spec.system
-        return toy
-
     def session(self) -> ToySession:
         """Begin a sequence."""
         return ToySession(self)
@@ -156,8 +139,20 @@ class ToyEngine(Engine):
 
 
 def load(spec: EngineSpec) -> ToyEngine:
-    """Load a toy."""
-    return ToyEngine.from_spec(spec)
+    """Build the toy that `toy:SEED` names.
+
+    Raises:
+        ConfigError: Another engine is named.
+        UnsupportedError: There is an adapter.
+    """
+    if spec.engine not in ("auto", "toy"):
+        raise ConfigError(f"engine is {spec.engine!r}, and {spec.model} is a toy, its own engine", "leave it out")
+    if spec.adapter is not None:
+        raise UnsupportedError(f"{spec.model} is a toy, which takes no adapter", "leave it out")
+    digits = re.sub(r"\D", "", spec.model) or "0"
+    toy = ToyEngine(table=wordy_table(int(digits)), name=spec.model)
+    toy.prompts.system = spec.system
+    return toy
 
 
 def render(messages: Sequence[Message], form: PromptForm = PLAIN_FORM) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,7 +23,8 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._owners: OrderedDict[int, weakref.ref[Session] | None] = OrderedDict.fromkeys(range(count))
+        # The session that has each slot, None where it is gone or there was none; the slot used longest ago first.
+        self._owners: OrderedDict[int, Callable[[], Session | None]] = OrderedDict.fromkeys(range(count), lambda: None)
         self._busy: set[int] = set()
         self._cached_ids: dict[int, Ids] = {}
         self._changed = threading.Condition()
@@ -54,7 +55,7 @@ class Slots:
             slot = self._choose(session, ids)
             if slot is None:
                 return None
-            is_own = self._owner(slot) is session
+            is_own = self._owners[slot]() is session
             self._owners[slot] = weakref.ref(session)
             self._owners.move_to_end(slot)
             self._busy.add(slot)
@@ -65,7 +66,7 @@ class Slots:
     def owns(self, session: Session) -> bool:
         """Whether a session still has a slot."""
         with self._changed:
-            return any(self._owner(slot) is session for slot in self._owners)
+            return any(owner() is session for owner in self._owners.values())
 
     def release(self, slot: int) -> None:
         """Let a slot be used again; its session still owns it."""
@@ -81,9 +82,9 @@ class Slots:
         """
         idle = [slot for slot in self._owners if slot not in self._busy]
         for slot in idle:
-            if self._owner(slot) is session:
+            if self._owners[slot]() is session:
                 return slot
-        ownerless = [slot for slot in idle if self._owner(slot) is None]
+        ownerless = [slot for slot in idle if self._owners[slot]() is None]
         if ownerless and ids is not None:
             return max(ownerless, key=lambda slot: common_prefix(self._cached_ids.get(slot, _NO_IDS), ids))
         if ownerless or not idle:
@@ -94,9 +95,5 @@ class Slots:
 
     def _length(self, slot: int) -> int:
         """Return how many tokens the owner of a slot would have to prefill again."""
-        owner = self._owner(slot)
+        owner = self._owners[slot]()
         return 0 if owner is None else owner.num_cached
-
-    def _owner(self, slot: int) -> Session | None:
-        reference = self._owners[slot]
-        return None if reference is None else reference()

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -35,8 +34,7 @@ _running: set[int] = set()
 _closed: list[Any] = []
 
 
-@dataclass(frozen=True)
-class VllmOutput:
+class VllmOutput(NamedTuple):
     """What one request generated.
 
     logprobs: for each token, the log-probabilities by id of the token itself and of the top tokens, where they were
@@ -87,13 +85,10 @@ class VllmBackend:
                 _closed.clear()
 
 
-class _Submitted(NamedTuple):
-    ids: Ids
-    parameters: dict[str, Any]
-    future: Future[VllmOutput]
+_Submitted = tuple[Ids, dict[str, Any], Future[VllmOutput]]
 
 
-class EngineThread:
+class EngineThread(threading.Thread):
     """A backend in a thread of its own.
 
     Args:
@@ -101,18 +96,19 @@ class EngineThread:
     """
 
     def __init__(self, create: Callable[[], VllmBackend]) -> None:
+        super().__init__(name="mixlm-vllm", daemon=True)
+        self._create = create
+        self._ready: Future[Any] = Future()  # vLLM's configuration
         self._inbox: queue.SimpleQueue[_Submitted | None] = queue.SimpleQueue()
         self._waiting: dict[str, Future[VllmOutput]] = {}
         self._failure: str | None = None
-        ready: Future[Any] = Future()
-        self._thread = threading.Thread(target=self._run, args=(create, ready), name="mixlm-vllm", daemon=True)
-        self._thread.start()
-        self.config = ready.result()
+        self.start()
+        self.config = self._ready.result()
 
     @property
     def alive(self) -> bool:
         """Whether it takes requests."""
-        return self._thread.is_alive() and self._failure is None
+        return self.is_alive() and self._failure is None
 
     def submit(self, ids: Ids, parameters: dict[str, Any]) -> Future[VllmOutput]:
         """Ask for tokens after `ids`.
@@ -124,7 +120,7 @@ class EngineThread:
             A future, which raises EngineError where the request is refused or the backend fails.
         """
         future: Future[VllmOutput] = Future()
-        self._inbox.put(_Submitted(ids, parameters, future))
+        self._inbox.put((ids, parameters, future))
         if not self.alive:
             self._fail_all()
         return future
@@ -133,18 +129,14 @@ class EngineThread:
         """Stop the thread. Requests that are not finished fail."""
         self._inbox.put(None)
 
-    def join(self, seconds: float) -> bool:
-        """Wait until the thread has stopped; return whether it has."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def _run(self, create: Callable[[], VllmBackend], ready: Future[Any]) -> None:
+    def run(self) -> None:
+        """Serve requests until it is closed or the backend fails: what the thread does."""
         try:
-            backend = create()
+            backend = self._create()
         except BaseException as error:
-            ready.set_exception(error)
+            self._ready.set_exception(error)
             return
-        ready.set_result(backend.config)
+        self._ready.set_result(backend.config)
         try:
             self._serve(backend)
         except BaseException as error:
@@ -159,7 +151,7 @@ class EngineThread:
             while True:
                 submitted = self._inbox.get_nowait()
                 if submitted is not None:
-                    submitted.future.set_exception(error)
+                    submitted[2].set_exception(error)
         for future in self._waiting.values():
             future.set_exception(error)
         self._waiting.clear()
@@ -171,17 +163,16 @@ class EngineThread:
                 submitted = self._inbox.get()
                 if submitted is None:
                     return
-                self._add(backend, str(next(numbers)), submitted)
+                ids, parameters, future = submitted
+                name = str(next(numbers))
+                try:
+                    backend.add(name, ids, parameters)
+                except Exception as error:  # whatever it refuses a request with: the others go on
+                    future.set_exception(EngineError(f"vLLM refuses: {error}"))
+                else:
+                    self._waiting[name] = future
             for name, output in backend.step():
                 self._waiting.pop(name).set_result(output)
-
-    def _add(self, backend: VllmBackend, name: str, submitted: _Submitted) -> None:
-        try:
-            backend.add(name, submitted.ids, submitted.parameters)
-        except Exception as error:  # whatever it refuses a request with: the others go on
-            submitted.future.set_exception(EngineError(f"vLLM refuses: {error}"))
-        else:
-            self._waiting[name] = submitted.future
 
 
 def _read(request_output: Any) -> VllmOutput:

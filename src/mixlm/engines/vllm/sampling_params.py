@@ -69,17 +69,13 @@ def generation_parameters(request: GenerateRequest, ends: Sequence[int]) -> dict
 
 
 def banned_ranges(banned: Ids) -> str:
-    """Return what `format_ranges` does, once for requests that ban the same ids."""
-    return _formatted(banned.tobytes())
+    """Write ids, int64 (n,) in ascending order, as ranges."""
+    return _ranges(banned.tobytes())  # once for all requests that ban the same ids
 
 
 @lru_cache(maxsize=64)
-def _formatted(banned: bytes) -> str:
-    return format_ranges(np.frombuffer(banned, dtype=np.int64))
-
-
-def format_ranges(ids: Ids) -> str:
-    """Write ids, int64 (n,) in ascending order, as ranges."""
+def _ranges(banned: bytes) -> str:
+    ids = np.frombuffer(banned, dtype=np.int64)
     if ids.size == 0:
         return ""
     breaks = np.flatnonzero(np.diff(ids) != 1)
@@ -88,7 +84,7 @@ def format_ranges(ids: Ids) -> str:
 
 
 def parse_ranges(ranges: str) -> Ids:
-    """Read what `format_ranges` returns. Raises ValueError for anything else."""
+    """Read what `banned_ranges` returns. Raises ValueError for anything else."""
     ids: list[int] = []
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)

@@ -51,7 +51,7 @@ def test_a_file_that_is_not_there_is_missed_before_libraries_are_imported():
 @pytest.mark.slow
 def test_a_generation_of_toys_imports_little_that_it_does_not_use():
     modules = imported_by("import mixlm\nmixlm.load('toy:1', 'toy:2').generate('x', max_tokens=2)")
-    routers = ("learned", "features", "prompt", "function", "gate", "gate_router", "observation")
+    routers = ("features", "prompt", "function", "gate", "gate_router", "observation")
     assert not {f"mixlm.routing.{name}" for name in routers} & set(modules)
     assert_small(modules, most=41, most_lines=8000)
 

@@ -31,6 +31,7 @@ _COMMANDS = {
     "/save": "write the conversation to a new file: /save chat.jsonl",
     "/exit": "end the chat; so do Ctrl-D, and Ctrl-C while nothing is being generated",
 }
+_TAKE_TEXT = ("/weights", "/system", "/seed", "/save")
 _PROMPT = "> "
 _MORE = ". "
 _QUOTES = '"""'
@@ -59,17 +60,19 @@ def chat(
         try:
             command, argument = _command(message)
             if command == "/exit":
-                _no_argument(command, argument)
                 break
-            if command is not None:
-                _run(conversation, command, argument, as_json=as_json)
-                if command == "/retry":
-                    ended = time.monotonic()
+            if command == "/retry":
+                generation = conversation.retry()
+            elif command is not None:
+                _run(conversation, command, argument)
+                continue
             elif message.strip():
                 # A message may begin with a slash; a second one tells it from a command.
-                text = message.removeprefix("/") if message.startswith("//") else message
-                _complete(conversation, conversation.send(text), as_json=as_json)
-                ended = time.monotonic()
+                generation = conversation.send(message.removeprefix("/") if message.startswith("//") else message)
+            else:
+                continue
+            _complete(conversation, generation, as_json=as_json)
+            ended = time.monotonic()
         except MixlmError as error:
             # A script learns of it from the exit code; at a terminal the conversation can continue.
             if not is_terminal(sys.stdin):
@@ -79,23 +82,8 @@ def chat(
     return 0
 
 
-def _run(conversation: Conversation, command: str, argument: str, *, as_json: bool) -> None:
-    """Run a command. Raises UsageError for an unknown one, or an argument that it does not take."""
-    takes_text = {
-        "/weights": conversation.set_weights,
-        "/system": conversation.set_system,
-        "/seed": conversation.set_seed,
-        "/save": conversation.save,
-    }
-    if command not in _COMMANDS:
-        raise UsageError(
-            f"there is no command {command}",
-            did_you_mean(command, _COMMANDS) or "/help lists them; a message that begins with a slash begins with two",
-        )
-    if command in takes_text:
-        dim(takes_text[command](argument))
-        return
-    _no_argument(command, argument)
+def _run(conversation: Conversation, command: str, argument: str) -> None:
+    """Run a command that completes nothing."""
     if command == "/help":
         for name, text in _COMMANDS.items():
             dim(f"{name:<9} {text}")
@@ -104,12 +92,9 @@ def _run(conversation: Conversation, command: str, argument: str, *, as_json: bo
         conversation.reset()
         dim("a new conversation")
     else:
-        _complete(conversation, conversation.retry(), as_json=as_json)
-
-
-def _no_argument(command: str, argument: str) -> None:
-    if argument:
-        raise UsageError(f"{command} takes no argument, and has {argument!r}", f"write {command} alone")
+        actions = {"/weights": conversation.set_weights, "/system": conversation.set_system}
+        actions |= {"/seed": conversation.set_seed, "/save": conversation.save}
+        dim(actions[command](argument))
 
 
 def _complete(conversation: Conversation, generation: ChatGeneration, *, as_json: bool) -> None:
@@ -187,10 +172,22 @@ def _command(message: str) -> tuple[str | None, str]:
     """Return a command and its argument; None for a message.
 
     A command is a line whose first word begins with a slash, and has no other: /usr/bin is a message.
+
+    Raises:
+        UsageError: There is no such command, or it takes no argument.
     """
-    word, *argument = message.strip().split(None, 1) or [""]
-    is_command = word.startswith("/") and "/" not in word[1:] and "\n" not in message
-    return (word, "".join(argument)) if is_command else (None, "")
+    word, *rest = message.strip().split(None, 1) or [""]
+    if not word.startswith("/") or "/" in word[1:] or "\n" in message:
+        return None, ""
+    if word not in _COMMANDS:
+        raise UsageError(
+            f"there is no command {word}",
+            did_you_mean(word, _COMMANDS) or "/help lists them; a message that begins with a slash begins with two",
+        )
+    argument = "".join(rest)
+    if argument and word not in _TAKE_TEXT:
+        raise UsageError(f"{word} takes no argument, and has {argument!r}", f"write {word} alone")
+    return word, argument
 
 
 class Conversation:
@@ -238,23 +235,20 @@ class Conversation:
     def set_weights(self, text: str) -> str:
         """Set the weights of the next turns, or return them as they are if `text` is empty."""
         if text:
-            ensemble = self.ensemble.with_weights(parse_numbers("/weights", text, "/weights 0.7,0.3"))
-            ensemble.context(ensemble.settings(**self._options))  # a rule may take no weights
-            self.ensemble = ensemble
-            self._renew()
+            self._continue(self.ensemble.with_weights(parse_numbers("/weights", text, "/weights 0.7,0.3")), {})
         pairs = zip(self.ensemble.names, self.ensemble.weights, strict=True)
         return "weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in pairs)
 
     def set_system(self, text: str) -> str:
         """Set the system message of the whole conversation; an empty one removes it."""
-        self._change(cast("Options", {"system": text or None}))
+        self._continue(self.ensemble, {"system": text or None})
         return "a new system message" if text else "no system message"
 
     def set_seed(self, text: str) -> str:
         """Set the seed of the next turns."""
         if not text.isascii() or not text.isdigit():
             raise ConfigError(f"/seed is {text!r}; it must be a whole number, 0 or more", "such as: /seed 7")
-        self._change(cast("Options", {"seed": int(text)}))
+        self._continue(self.ensemble, {"seed": int(text)})
         return f"seed {int(text)}"
 
     def save(self, text: str) -> str:
@@ -272,16 +266,10 @@ class Conversation:
             raise ConfigError(f"{path} cannot be written: {error.strerror}", "name a file in a folder") from error
         return f"{len(messages)} messages written to {path}"
 
-    def _change(self, change: Options) -> None:
-        """Apply options to the next turns, once they have been checked."""
+    def _continue(self, ensemble: Ensemble, change: Options) -> None:
+        """Continue the conversation with these members and options, each turn with random numbers of its own."""
         options = cast("Options", {**self._options, **change})
-        self.ensemble.settings(**options)
-        self._options = options
-        self._renew()
-
-    def _renew(self) -> None:
-        """Continue the conversation with the current ensemble and options, each turn with random numbers of its own."""
-        messages = self._chat.messages
-        sequence = self._options.get("sequence", 0) + self._turns
-        self._chat = self.ensemble.chat(**cast("Options", {**self._options, "sequence": sequence}))
-        self._chat.messages = messages
+        ensemble.context(ensemble.settings(**options))  # a rule may take no weights
+        chat = ensemble.chat(**cast("Options", {**options, "sequence": self._turns}))
+        chat.messages = self._chat.messages
+        self.ensemble, self._options, self._chat = ensemble, options, chat

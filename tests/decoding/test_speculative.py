@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toys import OPTIONS, SHARED, engine, make_ensemble, toys
 
 from mixlm.decoding.auto import Auto
-from mixlm.decoding.blocks import prefix_groups
+from mixlm.decoding.blocks import join_requests
 from mixlm.decoding.cost_model import (
     DraftPlan,
     ForwardCostEstimator,
@@ -19,7 +19,7 @@ from mixlm.decoding.cost_model import (
 )
 from mixlm.decoding.drafts import LookupDraft, lookup_continuation
 from mixlm.decoding.speculative import speculative
-from mixlm.engines.requests import Forward
+from mixlm.engines.requests import Forward, LogitsRequest
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.sequence import SpeculationStats
 from mixlm.routing import FunctionRouter
@@ -238,5 +238,16 @@ def test_what_followed_before_is_found(ids):
 
 
 def test_texts_that_extend_each_other_are_read_at_once():
-    texts = [np.array(ids) for ids in ([1], [1, 2], [1, 2], [1, 3, 4], [1, 3, 4, 5], [1, 3])]
-    assert prefix_groups(texts) == [[0, 1, 2], [3, 4], [5]]
+    texts = [[1], [1, 2], [1, 2], [1, 3, 4], [1, 3, 4, 5], [1, 3]]
+    mask = np.ones(9, dtype=bool)
+    requests = {key: LogitsRequest(7, np.array(ids), allowed=(mask if key else None,)) for key, ids in enumerate(texts)}
+    joined = join_requests(requests)
+    assert [rows for _, rows in joined] == [{0: 0, 1: 1, 2: 1}, {3: 0, 4: 1}, {5: 0}]
+    assert [(request.member, request.ids.tolist(), request.last) for request, _ in joined] == [
+        (7, [1, 2], 2),
+        (7, [1, 3, 4, 5], 2),
+        (7, [1, 3], 1),
+    ]
+    assert joined[0][0].allowed == [None, mask]
+    gap = join_requests({0: requests[0], 1: LogitsRequest(7, np.array([1, 2, 3]), allowed=(mask,))})
+    assert gap[0][0].allowed == [None, None, mask]

@@ -8,16 +8,17 @@ lies behind a rejected one is dropped.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from mixlm.decoding.drafts import Draft
-from mixlm.engines.requests import AllowedIds, LogitsRequest, Request
+from mixlm.engines.requests import LogitsRequest
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
-from mixlm.types import Ids, LogitsRow, TopKFilter
+from mixlm.types import Ids, LogitsRow
 
 MAX_BLOCK = 32  # positions
 
@@ -28,8 +29,6 @@ class Position(ABC):
     Attributes:
         step: The decode step.
         members: Those that take part.
-        ids: The tokens there of members that are read.
-        allowed: Which of their ids are allowed there, see `AllowedIds`.
         parts: What is known of the members that ran, by member.
         proposal: The symbol that the next position of the block stands behind.
         is_guess: Whether the proposal was made before the symbol was chosen.
@@ -39,13 +38,11 @@ class Position(ABC):
     def __init__(self, step: DecodeStep, members: Sequence[int]) -> None:
         self.step = step
         self.members = members
-        self.ids: dict[int, Ids] = {}
-        self.allowed: dict[int, AllowedIds] = {}
+        self._requests: dict[int, LogitsRequest] = {}  # of members that are read
         self.parts: dict[int, Any] = {}
         self.proposal: int | None = None
         self.is_guess = False
         self.choice: Choice | None = None
-        self._filters: dict[int, TopKFilter | None] = {}
         for member in members:
             if (row := step.observed_row(member)) is not None:
                 self.read(member)
@@ -53,13 +50,12 @@ class Position(ABC):
 
     def read(self, member: int) -> None:
         """Keep what a request to a member says of the position; call it while the text ends there."""
-        if member not in self.ids:
+        if member not in self._requests:
             self._read(member)
 
     def _read(self, member: int) -> None:
-        view = self.step.views[member]
-        self.ids[member], self.allowed[member] = view.ids().copy(), view.allowed_ids()  # the state goes on changing
-        self._filters[member] = view.top_k_filter
+        request = self.step.views[member].logits_request()
+        self._requests[member] = replace(request, ids=request.ids.copy())  # the state goes on changing
 
     @abstractmethod
     def needs(self) -> Sequence[int]:
@@ -73,17 +69,9 @@ class Position(ABC):
     def guess(self, member: int) -> int | None:
         """Return the symbol that a member which ran proposes; None for none."""
 
-    def request(self, member: int, before: Sequence[Position] = ()) -> LogitsRequest:
-        """Return the request for a member's logits here and at the positions before, whose tokens begin these."""
-        group = [*before, self]
-        sequences = [position.ids[member] for position in group]
-        allowed = allowed_after(sequences, [position.allowed[member] for position in group])
-        last = len(sequences[-1]) - len(sequences[0]) + 1
-        return LogitsRequest(member, sequences[-1], last, self.top_k_filter(member), allowed=allowed)
-
-    def top_k_filter(self, member: int) -> TopKFilter | None:
-        """Return the part of the member's logits that is needed; None for all of them."""
-        return self._filters[member]
+    def request(self, member: int) -> LogitsRequest:
+        """Return the request for the logits of a member that was read."""
+        return self._requests[member]
 
     @abstractmethod
     def receive(self, member: int, logits: LogitsRow) -> None:
@@ -176,16 +164,12 @@ def verify(positions: Sequence[Position], stats: SpeculationStats) -> RequestFlo
     """
     length = len(positions)
     while waiting := [position for position in positions[:length] if position.choice is None]:
-        requests, covered = _requests(waiting)
-        responses = yield requests
-        received: dict[int, list[tuple[int, LogitsRow]]] = {id(position): [] for position in waiting}
-        for request, group, rows in zip(requests, covered, responses, strict=True):
-            for position in group:
-                offset = len(position.ids[request.member]) - len(request.ids) - 1
-                received[id(position)].append((request.member, rows[offset]))
-        for position in waiting:
-            for member, row in received[id(position)]:
-                position.receive(member, row)
+        requests = _requests(waiting)
+        responses = yield [request for request, _ in requests]
+        for index, position in enumerate(waiting):
+            for (request, rows), response in zip(requests, responses, strict=True):
+                if index in rows:
+                    position.receive(request.member, response[rows[index]])
             position.advance()
             if _is_rejected(position):
                 length = next(i + 1 for i, other in enumerate(positions) if other is position)
@@ -203,41 +187,40 @@ def _is_rejected(position: Position) -> bool:
     return position.choice is not None and position.proposal not in (None, position.choice.symbol)
 
 
-def _requests(waiting: Sequence[Position]) -> tuple[list[Request], list[list[Position]]]:
-    """Return requests for what the first position needs, at all positions that need it, and what each covers."""
-    requests: list[Request] = []
-    covered: list[list[Position]] = []
+def _requests(waiting: Sequence[Position]) -> list[tuple[LogitsRequest, dict[int, int]]]:
+    """Return requests for what the first position needs, at all positions that need it; see `join_requests`."""
+    joined = []
     for member in waiting[0].needs():
-        same = [position for position in waiting if member in position.needs()]
-        for position in same:
-            position.read(member)
-        needed = waiting[0].top_k_filter(member)
-        same = [position for position in same if position.top_k_filter(member) is needed]
-        for indices in prefix_groups([position.ids[member] for position in same]):
-            group = [same[index] for index in indices]
-            requests.append(group[-1].request(member, group[:-1]))
-            covered.append(group)
-    return requests, covered
+        requests: dict[int, LogitsRequest] = {}
+        for index, position in enumerate(waiting):
+            if member in position.needs():
+                position.read(member)
+                requests[index] = position.request(member)
+        needed = requests[0].top_k_filter
+        joined += join_requests({index: own for index, own in requests.items() if own.top_k_filter is needed})
+    return joined
 
 
-def prefix_groups(sequences: Sequence[Ids]) -> list[list[int]]:
-    """Group consecutive token sequences of which each begins with the one before; a group takes one forward.
+def join_requests(requests: Mapping[int, LogitsRequest]) -> list[tuple[LogitsRequest, dict[int, int]]]:
+    """Return few requests for those of one member, and for each of them which it covers: rows of its response by key.
 
-    Canonical tokens of a longer text do not always begin with those of a shorter one; a new group begins there.
+    Requests whose tokens begin with those of the one before take one forward with it. Canonical tokens of a longer text
+    do not always begin with those of a shorter one.
     """
     groups: list[list[int]] = []
-    for index, ids in enumerate(sequences):
-        previous = sequences[index - 1] if index else None
-        if previous is not None and len(previous) <= len(ids) and np.array_equal(ids[: len(previous)], previous):
-            groups[-1].append(index)
+    before: Ids | None = None
+    for key, request in requests.items():
+        if before is not None and np.array_equal(request.ids[: len(before)], before):
+            groups[-1].append(key)
         else:
-            groups.append([index])
-    return groups
-
-
-def allowed_after(sequences: Sequence[Ids], allowed: Sequence[AllowedIds]) -> AllowedIds:
-    """Return what is allowed after each prefix, from the shortest to the longest of a group; None in between."""
-    if not any(allowed):
-        return ()
-    masks = {len(ids): mask for ids, (mask,) in zip(sequences, allowed, strict=True)}
-    return [masks.get(length) for length in range(min(masks), max(masks) + 1)]
+            groups.append([key])
+        before = request.ids
+    joined = []
+    for first, *others in groups:
+        shortest, longest = requests[first], requests[others[-1] if others else first]
+        rows = {key: len(requests[key].ids) - len(shortest.ids) for key in (first, *others)}
+        masks = {row: requests[key].allowed[0] for key, row in rows.items() if requests[key].allowed}
+        count = len(longest.ids) - len(shortest.ids) + 1
+        allowed = [masks.get(row) for row in range(count)] if masks else ()
+        joined.append((replace(longest, last=count, allowed=allowed), rows))
+    return joined

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -15,10 +16,11 @@ import numpy as np
 from mixlm.core.combinations.base import TOLERANCE, Aligned, Combination, Unreported, align
 from mixlm.decoding.blocks import Position
 from mixlm.decoding.reports import TokenReport, unreported
+from mixlm.engines.requests import LogitsRequest
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.sequence import Choice, DecodeStep
 from mixlm.generation.target import RuleTarget, support
-from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopKFilter
+from mixlm.types import Candidates, Floats, Ids, LogitsRow
 
 _CHECKED = 4  # positions of a text at which the bounds of a user's rule are checked first, and then one in _INTERVAL
 _INTERVAL = 16
@@ -117,10 +119,10 @@ class RulePosition(Position):
             report.add(logits)
             self.parts[member] = report.part(distribution(report.tokens))
 
-    def top_k_filter(self, member: int) -> TopKFilter | None:
-        """Return the part of the member's logits that is needed; of a report, as many tokens as it is to have."""
-        report = self.reports.get(member)
-        return super().top_k_filter(member) if report is None else report.top_k_filter
+    def request(self, member: int) -> LogitsRequest:
+        """Return the request for a member's logits, or for as many tokens as its report is to have."""
+        request, report = super().request(member), self.reports.get(member)
+        return request if report is None else replace(request, top_k_filter=report.top_k_filter)
 
     def guess(self, member: int) -> int | None:
         """Return the symbol that the member alone would choose."""

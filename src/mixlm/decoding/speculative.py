@@ -64,8 +64,8 @@ class CoinPosition(Position):
         self.read(member)
         if (row := self.step.observed_row(member)) is not None:
             return self.receive(member, row)
-        ids, sample, allowed = self.ids[member], self._samplers[member], self.allowed[member]
-        [response] = yield [SampleRequest(member, ids, sample, self.top_k_filter(member), allowed=allowed)]
+        request, sample = self.request(member), self._samplers[member]
+        [response] = yield [SampleRequest(member, request.ids, sample, request.top_k_filter, allowed=request.allowed)]
         self._take(member, response)
 
     def _take(self, member: int, sample: SampleResponse) -> None:

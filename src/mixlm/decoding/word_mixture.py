@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -41,8 +41,8 @@ from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import log_softmax
 from mixlm.decoding import StrategyContext
-from mixlm.decoding.blocks import allowed_after, prefix_groups
-from mixlm.engines.requests import AllowedIds, LogitsRequest, SampleResponse
+from mixlm.decoding.blocks import join_requests
+from mixlm.engines.requests import LogitsRequest, SampleResponse
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.member import MemberView
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
@@ -96,17 +96,14 @@ class _EndStatistics:
 
 
 class _UnverifiedEnd(NamedTuple):
-    """An end of a word that its owner has not sampled yet: the owner, and what it takes to sample there."""
+    """An end of a word that its owner has not sampled yet: the owner's request, and what it takes to sample there."""
 
-    owner: int
-    ids: Ids
+    request: LogitsRequest
     sample: Callable[[LogitsRow], SampleResponse]
     noise: Noise
     before: bytes
     begins_word: Callable[[Ids], npt.NDArray[np.bool_]]
     last_symbol: int
-    top_k_filter: TopKFilter | None
-    allowed: AllowedIds
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +147,7 @@ class _Block:
             oldest = self._written[0].end
             assert oldest is not None
             with suppress(_WordContinuesError):
-                yield from self._run(oldest.owner, top_k_filter=oldest.top_k_filter)
+                yield from self._run(oldest.request.member, top_k_filter=oldest.request.top_k_filter)
         return verified
 
     def _verified(self) -> list[Choice]:
@@ -215,19 +212,10 @@ class _Block:
     def _unverified_end(self, step: DecodeStep, owner: int) -> _UnverifiedEnd:
         view, state = step.views[owner], self._state
         assert state.last_symbol is not None
-        ids, sampler = view.ids().copy(), view.sampler(step.noise)  # a copy: the state goes on changing
-        begins_word = state.word_start_marker()
-        return _UnverifiedEnd(
-            owner,
-            ids,
-            sampler,
-            step.noise,
-            state.substring(),
-            begins_word,
-            state.last_symbol,
-            view.top_k_filter,
-            view.allowed_ids(),
-        )
+        request = view.logits_request()
+        request = replace(request, ids=request.ids.copy())  # the state goes on changing
+        sampler, begins_word = view.sampler(step.noise), state.word_start_marker()
+        return _UnverifiedEnd(request, sampler, step.noise, state.substring(), begins_word, state.last_symbol)
 
     def _run(
         self, member: int, view: MemberView | None = None, top_k_filter: TopKFilter | None = None
@@ -241,19 +229,16 @@ class _Block:
         Raises:
             _WordContinuesError: A word had not ended; the first such.
         """
-        unverified = [symbol for symbol in self._written if symbol.end is not None and symbol.end.owner == member]
-        sequences = [symbol.end.ids for symbol in unverified if symbol.end is not None]
-        masks = [symbol.end.allowed for symbol in unverified if symbol.end is not None]
+        ends = [(symbol, symbol.end.request) for symbol in self._written if symbol.end is not None]
+        unverified = [symbol for symbol, request in ends if request.member == member]
+        requests = [request for _, request in ends if request.member == member]
         if view is not None:
-            sequences.append(view.ids())
-            masks.append(view.allowed_ids())
+            requests.append(view.logits_request())
         logits: LogitsRow = np.zeros(0, dtype=np.float32)
-        for group in prefix_groups(sequences):
-            shortest, longest = len(sequences[group[0]]), sequences[group[-1]]
-            allowed = allowed_after([sequences[index] for index in group], [masks[index] for index in group])
-            [rows] = yield [LogitsRequest(member, longest, len(longest) - shortest + 1, top_k_filter, allowed=allowed)]
-            for index in group:
-                logits = rows[len(sequences[index]) - shortest]
+        for request, rows in join_requests(dict(enumerate(requests))):
+            [response] = yield [replace(request, top_k_filter=top_k_filter)]
+            for index, row in rows.items():
+                logits = response[row]
                 if index < len(unverified):
                     self._verify(unverified[index], logits)
         return logits
@@ -262,13 +247,13 @@ class _Block:
         """Sample the owner at an end of its word. Where it continues the word, the text is cut there."""
         end = symbol.end
         assert end is not None
-        sample = end.sample(logits)
-        self._state.cache_sample(end.owner, end.noise, end.before, sample)
+        sample, owner = end.sample(logits), end.request.member
+        self._state.cache_sample(owner, end.noise, end.before, sample)
         ended = bool(end.begins_word(np.array([sample.symbol]))[0])
         self._statistics.record(end.last_symbol, ended)
         symbol.end = None
         if not ended:
-            symbol.choice = _WrittenSymbol.of(end.owner, sample).choice
+            symbol.choice = _WrittenSymbol.of(owner, sample).choice
             del self._written[self._written.index(symbol) + 1 :]
             raise _WordContinuesError
 

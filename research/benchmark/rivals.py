@@ -200,7 +200,7 @@ def _generating(models: list[Any]) -> Iterator[None]:
     """Give the models transformers' own attention for a while, and keep it from talking."""
     from transformers.utils import logging
 
-    from mixlm.engines.transformers.kv_cache import ATTENTION_NAME
+    from mixlm.engines.transformers.attention import ATTENTION_NAME
 
     verbosity = logging.get_verbosity()
     changed = [model for model in models if model.config._attn_implementation == ATTENTION_NAME]

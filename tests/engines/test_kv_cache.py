@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixlm.engines.transformers import kv_cache
 from mixlm.engines.transformers.kv_cache import KVBuffer, KVBufferPool, KVCache, KVSlab
 
 
@@ -18,9 +19,10 @@ def filled(pool: KVBufferPool, tokens: int) -> KVCache:
     return cache
 
 
-def test_idle_buffers_are_kept_up_to_a_number_of_each_size_and_a_memory_of_all():
+def test_idle_buffers_are_kept_up_to_a_number_of_each_size_and_a_memory_of_all(monkeypatch):
     per_token = 2 * 2 * 8 * 4
-    pool = KVBufferPool(max_idle=2, max_idle_bytes=3 * 256 * per_token)
+    monkeypatch.setattr(kv_cache, "_MAX_IDLE_BYTES", 3 * 256 * per_token)
+    pool = KVBufferPool(max_idle=2)
     buffers: list[KVBuffer] = [pool.acquire(tokens) for tokens in (200, 256, 100, 300, 1000)]
     for buffer in buffers:
         buffer.layer(0, torch.ones(2, 1, 8), torch.ones(2, 1, 8))

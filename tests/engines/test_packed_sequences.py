@@ -16,7 +16,7 @@ from test_transformers_engine import build, load
 from mixlm.engines.contract import assert_close, random_ids, uncached
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.transformers import load_trial
-from mixlm.engines.transformers.attention_form import AttentionForm
+from mixlm.engines.transformers.attention import AttentionForm
 from mixlm.engines.transformers.kv_cache import KVBufferPool, KVCache
 from mixlm.engines.transformers.packed_sequences import PackedSequences
 from mixlm.engines.transformers.runner import _SLOTS

@@ -46,7 +46,7 @@ def engines(folder):
         if kind not in loaded:
             with pytest.MonkeyPatch.context() as patch:
                 if kind == "unbatched":
-                    patch.setattr("mixlm.engines.transformers.kv_cache.register", lambda model: False)
+                    patch.setattr("mixlm.engines.transformers.attention.register", lambda model: False)
                 path = folder("gemma3" if kind == "unbatched" else kind)
                 loaded[kind] = load(path, prefix_cache=64), load(path, prefix_cache=0)
         loaded[kind][0].drop_prefixes()

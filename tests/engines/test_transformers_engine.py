@@ -119,7 +119,7 @@ def folders(tmp_path_factory):
 def engine(request, folders) -> HFEngine:
     if request.param == "unbatched":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mixlm.engines.transformers.kv_cache.register", lambda model: False)
+            patch.setattr("mixlm.engines.transformers.attention.register", lambda model: False)
             return load(folders("gemma3"))
     return load(folders(request.param))
 
@@ -168,7 +168,7 @@ def test_models_run_several_sequences_at_once_where_that_gives_the_same(folders,
         assert details["forwards"] == path
         assert details["not batched"] == "it has layers of the kind linear_attention"
         assert details["snapshots"].startswith("up to 12 of 0.00")
-    monkeypatch.setattr("mixlm.engines.transformers.kv_cache._SUPPORTED_OPTIONS", {"attention_batch"})
+    monkeypatch.setattr("mixlm.engines.transformers.attention._SUPPORTED_OPTIONS", {"attention_batch"})
     asks_for_more = load(folders("llama"))
     assert not asks_for_more.runner.batches
     ids = random_ids(asks_for_more, 12)

@@ -7,7 +7,7 @@ from tiny import shapes
 
 from mixlm.binding import MemberSpec
 from mixlm.engines.toy import ToyEngine
-from mixlm.engines.transformers.kv_cache import ATTENTION_NAME
+from mixlm.engines.transformers.attention import ATTENTION_NAME
 from mixlm.ensemble import Ensemble
 from research.benchmark import ComparisonPlan, compare
 from research.benchmark.rivals import ASSISTED, Rival, available_rivals

@@ -18,9 +18,9 @@ from weakref import WeakSet
 
 import torch
 
-from mixlm.engines.transformers.attention_form import AttentionForm
+from mixlm.engines.transformers.attention import AttentionForm, QueryKeyValue, causal_mask
 from mixlm.engines.transformers.fused_norms import FusedNorms
-from mixlm.engines.transformers.kv_cache import KVBuffer, KVBufferPool, KVCache, QueryKeyValue, causal_mask
+from mixlm.engines.transformers.kv_cache import KVBuffer, KVBufferPool, KVCache
 from mixlm.types import Ids
 
 PADDED_LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens of a pass; a longer one is run plainly
@@ -37,7 +37,7 @@ class FixedShapeSequence:
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def attend(self, layer: int, qkv: QueryKeyValue, form: AttentionForm) -> torch.Tensor:
-        """Write keys and values and attend to the whole buffer: see `kv_cache.AttentionBatch`."""
+        """Write keys and values and attend to the whole buffer: see `attention.attend`."""
         query, key, value = qkv
         keys, values = self._buffer.layer(layer, key[0], value[0])
         keys.index_copy_(1, self._positions, key[0])

@@ -23,65 +23,45 @@ from mixlm.errors import ModelNotFoundError, did_you_mean, memory_errors
 PREFIX = "shape:"
 LABEL = "real architecture and size, weights filled with numbers: for measuring speed only"
 
-_QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6}
-_SMOLLM = {"model_type": "llama", "vocab_size": 49_152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
-_LLAMA = {"model_type": "llama", "vocab_size": 128_256, "max_position_embeddings": 131_072}
-# JackFram's, a draft model in many measurements of speculative decoding (SpecInfer, Miao et al., 2023).
-_DRAFT = {
-    "model_type": "llama",
-    "vocab_size": 32_000,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-}
-_LLAMA_ROPE = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-    "rope_theta": 500_000.0,
-}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def _sizes(hidden: int, inner: int, layers: int, heads: int, key_heads: int) -> dict[str, int]:
+def _fields(kind: str, rows: int, positions: int, theta: float, *sizes: int, **others: Any) -> dict[str, Any]:
+    """Return a model's fields. rows: of its vocabulary. theta: of its rotary embeddings. sizes: see `_SIZES`."""
     return {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
+        "model_type": kind,
+        "vocab_size": rows,
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        **dict(zip(_SIZES, sizes, strict=True)),
+        **others,
     }
 
 
-def _qwen(sizes: dict[str, int], *, tied: bool, **others: Any) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": 1e6}
-    return {**_QWEN, **sizes, "tie_word_embeddings": tied, "rope_parameters": rope, **others}
+def _llama3(factor: float, *sizes: int, **others: Any) -> dict[str, Any]:
+    fields = _fields("llama", 128_256, 131_072, 5e5, *sizes, **others)
+    fields["rope_parameters"] |= {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    return fields
 
 
-def _smollm(sizes: dict[str, int], theta: float) -> dict[str, Any]:
-    return {**_SMOLLM, **sizes, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
-
-
-def _llama(sizes: dict[str, int], *, tied: bool, head_dim: int, factor: float) -> dict[str, Any]:
-    rope = {**_LLAMA_ROPE, "factor": factor}
-    return {**_LLAMA, **sizes, "tie_word_embeddings": tied, "head_dim": head_dim, "rope_parameters": rope}
-
-
-# As in the config.json that each model is published with.
+# As in the config.json that each model is published with. JackFram's llama-68m and llama-160m are draft models in many
+# measurements of speculative decoding (SpecInfer, Miao et al., 2023).
 SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "qwen2.5-0.5b": _qwen(_sizes(896, 4864, 24, 14, 2), tied=True),
-    "qwen2.5-1.5b": _qwen(_sizes(1536, 8960, 28, 12, 2), tied=True),
-    "qwen2.5-3b": _qwen(_sizes(2048, 11_008, 36, 16, 2), tied=True),
-    "qwen2.5-7b": _qwen(_sizes(3584, 18_944, 28, 28, 4), tied=False, vocab_size=152_064),
-    "smollm2-135m": _smollm(_sizes(576, 1536, 30, 9, 3), 1e5),
-    "smollm2-360m": _smollm(_sizes(960, 2560, 32, 15, 5), 1e5),
-    "smollm2-1.7b": _smollm(_sizes(2048, 8192, 24, 32, 32), 1.3e5),
-    "llama-68m": {**_DRAFT, **_sizes(768, 3072, 2, 12, 12)},
-    "llama-160m": {**_DRAFT, **_sizes(768, 3072, 12, 12, 12)},
-    "llama-3.2-1b": _llama(_sizes(2048, 8192, 16, 32, 8), tied=True, head_dim=64, factor=32.0),
-    "llama-3.2-3b": _llama(_sizes(3072, 8192, 28, 24, 8), tied=True, head_dim=128, factor=32.0),
-    "llama-3.1-8b": _llama(_sizes(4096, 14_336, 32, 32, 8), tied=False, head_dim=128, factor=8.0),
+    "qwen2.5-0.5b": _fields("qwen2", 151_936, 32_768, 1e6, 896, 4864, 24, 14, 2),
+    "qwen2.5-1.5b": _fields("qwen2", 151_936, 32_768, 1e6, 1536, 8960, 28, 12, 2),
+    "qwen2.5-3b": _fields("qwen2", 151_936, 32_768, 1e6, 2048, 11_008, 36, 16, 2),
+    "qwen2.5-7b": _fields("qwen2", 152_064, 32_768, 1e6, 3584, 18_944, 28, 28, 4, tie_word_embeddings=False),
+    "smollm2-135m": _fields("llama", 49_152, 8192, 1e5, 576, 1536, 30, 9, 3),
+    "smollm2-360m": _fields("llama", 49_152, 8192, 1e5, 960, 2560, 32, 15, 5),
+    "smollm2-1.7b": _fields("llama", 49_152, 8192, 1.3e5, 2048, 8192, 24, 32, 32),
+    "llama-68m": _fields("llama", 32_000, 2048, 1e4, 768, 3072, 2, 12, 12, tie_word_embeddings=False),
+    "llama-160m": _fields("llama", 32_000, 2048, 1e4, 768, 3072, 12, 12, 12, tie_word_embeddings=False),
+    "llama-3.2-1b": _llama3(32.0, 2048, 8192, 16, 32, 8),
+    "llama-3.2-3b": _llama3(32.0, 3072, 8192, 28, 24, 8),
+    "llama-3.1-8b": _llama3(8.0, 4096, 14_336, 32, 32, 8, tie_word_embeddings=False),
 }
 
 _BLOCK = 1_000_003  # a prime, so that rows of a matrix do not repeat each other

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +30,6 @@ class FusedNorms:
             fused = [(norm, _fused(norm)) for norm in norms]
         self._norms = [(norm, forward) for norm, forward in fused if forward is not None]
 
-    def __len__(self) -> int:
-        return len(self._norms)
-
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Use them in the forward passes in this context."""
@@ -54,15 +50,12 @@ def _fused(norm: Any) -> Norm | None:
     x = torch.linspace(-2, 3, _TEST_ROWS * weight.numel(), device=weight.device).view(_TEST_ROWS, -1).to(weight.dtype)
     expected = norm(x)
     tolerance = _TOLERANCE[weight.dtype]
-    for forward in (partial(_rms_norm, weight, epsilon), partial(_float32_rms_norm, 1 + weight.float(), epsilon)):
+    shifted = 1 + weight.float()
+    candidates: tuple[Norm, Norm] = (
+        lambda x: rms_norm(x, weight.shape, weight, epsilon),
+        lambda x: rms_norm(x.float(), weight.shape, shifted, epsilon).to(x.dtype),
+    )
+    for forward in candidates:
         if torch.allclose(forward(x), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
             return forward
     return None
-
-
-def _rms_norm(weight: torch.Tensor, epsilon: float, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x, weight.shape, weight, epsilon)
-
-
-def _float32_rms_norm(weight: torch.Tensor, epsilon: float, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x.float(), weight.shape, weight, epsilon).to(x.dtype)

@@ -1,8 +1,4 @@
-"""Attention over KV buffers in place, for transformers models: the batch of a forward pass decides how.
-
-transformers finds `attend` by name (its attention interface) and hands it the keyword arguments of the model's forward:
-among them `attention_batch`, which knows the sequences of the pass. `packed_sequences` has any number of sequences of
-any lengths, `cuda_graphs` one sequence in fixed shapes.
+"""KV caches of sequences, in buffers that attention reads in place.
 
 A token is written in place, and rollback sets the length. A buffer by itself is twice as large each time it is full,
 and what it holds is copied. Buffers that lie side by side begin with addresses for thousands of tokens, and the system
@@ -17,30 +13,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
-from mixlm.engines.transformers.attention_form import AttentionForm
-
-ATTENTION_NAME = "mixlm"
-_SUPPORTED_OPTIONS = {
-    "dropout",
-    "scaling",
-    "sliding_window",
-    "is_causal",
-    "attention_batch",
-    "position_ids",
-    "use_cache",
-    "cache_position",
-    "output_attentions",
-    "output_router_logits",
-    "s_aux",
-    "softcap",
-}
 _MIN_TOKENS = 256  # of a buffer by itself
 # Of one among others, which takes memory as it is written: whole pages, whatever a token takes.
 _MIN_SLOT_TOKENS = max(4096, mmap.PAGESIZE)
+_MAX_IDLE_BYTES = 1 << 30  # of all buffers that are kept for other sequences
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
 
 
@@ -164,16 +144,13 @@ class KVBufferPool:
 
     Args:
         max_idle: how many of each size are kept for other sequences, where each is for itself.
-        max_idle_bytes: memory of all that are kept.
         slots: how many lie side by side; 1 unless this is Linux. Where it is more than one, buffers are large from the
             start, since they take memory as they are written.
     """
 
-    def __init__(self, max_idle: int = 0, max_idle_bytes: int = 1 << 30, slots: int = 1) -> None:
+    def __init__(self, max_idle: int = 0, slots: int = 1) -> None:
         self._max_idle = max_idle
-        self._max_idle_bytes = max_idle_bytes
         self.slots = slots if sys.platform == "linux" else 1
-        self._idle_bytes = 0
         self._free: dict[int, list[KVBuffer]] = {}
         self._lock = threading.RLock()  # whoever collects garbage may be in here
 
@@ -186,8 +163,6 @@ class KVBufferPool:
                 slab = KVSlab(size, self.slots)
                 free += [KVBuffer(slab, slot) for slot in range(self.slots)]
             buffer = min(free, key=lambda buffer: (-buffer.slab.used, buffer.slot))
-            if not buffer.slab.used:
-                self._idle_bytes -= buffer.nbytes
             buffer.slab.used += 1
             if buffer in free:
                 free.remove(buffer)
@@ -199,20 +174,20 @@ class KVBufferPool:
     def release(self, buffer: KVBuffer) -> None:
         """Take a buffer back. A slab that no sequence uses any more goes, unless it may be kept."""
         buffer.idle = True
-        slab, size = buffer.slab, buffer.nbytes
+        slab = buffer.slab
         slab.free(buffer.slot)
         with self._lock:
             free = self._free.setdefault(slab.size, [])
             slab.used -= 1
             if slab.slots > self.slots:
                 return
-            if slab.used:
+            if slab.used or (len(free) < self._max_idle and self._idle_bytes() + buffer.nbytes <= _MAX_IDLE_BYTES):
                 free.append(buffer)
-            elif len(free) < self._max_idle and self._idle_bytes + size <= self._max_idle_bytes:
-                free.append(buffer)
-                self._idle_bytes += size
             else:
                 free[:] = [other for other in free if other.slab is not slab]
+
+    def _idle_bytes(self) -> int:
+        return sum(buffer.nbytes for free in self._free.values() for buffer in free if not buffer.slab.used)
 
     def separate(self) -> None:
         """Let every buffer be for itself from now on. Sequences leave what lies side by side when they go on."""
@@ -292,59 +267,3 @@ class KVCache:
         keys[:, self.length : end] = key
         values[:, self.length : end] = value
         return keys[:, :end], values[:, :end]
-
-
-QueryKeyValue = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (1, heads, tokens, head dimension) each
-
-
-class AttentionBatch(Protocol):
-    """The sequences of one forward pass."""
-
-    def attend(self, layer: int, qkv: QueryKeyValue, form: AttentionForm) -> torch.Tensor:
-        """Attend within each sequence.
-
-        Args:
-            layer: index of the layer.
-            qkv: query, key and value of all tokens of the pass.
-            form: of the layer's attention.
-
-        Returns:
-            (1, tokens, query heads, head dimension).
-        """
-        ...
-
-
-def causal_mask(positions: torch.Tensor, keys: int, window: int | None) -> torch.Tensor:
-    """Return which keys queries at these positions attend to: bool (queries, keys)."""
-    distance = positions[:, None] - torch.arange(keys, device=positions.device)
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
-
-
-def attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
-) -> tuple[torch.Tensor, None]:
-    """Attend within each sequence of a forward pass's `attention_batch`. query: (1, heads, tokens, head dimension).
-
-    Raises NotImplementedError where a model needs more than an `AttentionForm`.
-    """
-    unsupported = [name for name, option in options.items() if name not in _SUPPORTED_OPTIONS and option is not None]
-    if unsupported:
-        raise NotImplementedError(f"attention with {', '.join(unsupported)}")
-    if "attention_batch" not in options:
-        raise NotImplementedError("its layers do not hand on what its forward pass is given")
-    batch: AttentionBatch = options["attention_batch"]
-    form = AttentionForm(*(options.get(name) for name in ("sliding_window", "scaling", "softcap", "s_aux")))
-    return batch.attend(module.layer_idx, (query, key, value), form), None
-
-
-def register(model: Any) -> bool:
-    """Let a model attend with `attend`. Returns whether it can."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
-    try:
-        model.set_attn_implementation(ATTENTION_NAME)
-    except Exception:  # each family refuses in its own way
-        return False
-    return bool(model.config._attn_implementation == ATTENTION_NAME)

@@ -16,7 +16,7 @@ import torch
 from mixlm.engines.base import respond
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.tokenizer_setup import error_summary
-from mixlm.engines.transformers import kv_cache, self_test
+from mixlm.engines.transformers import attention, self_test
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.model_loading import vocabulary_size
 from mixlm.engines.transformers.position_frequencies import unknown_frequencies
@@ -159,12 +159,12 @@ class _LoadTrial:
             return self_test.failure(trial, self._tolerance, larger)
         if not runner.selects_positions:
             return "its forward pass cannot return the logits of some positions alone"
-        attention = config._attn_implementation
+        own_attention = config._attn_implementation
         failure: str | None = "its attention is code of its own"
-        if kv_cache.register(self._model):
+        if attention.register(self._model):
             failure = self_test.failure(trial, self._tolerance)
         if failure is not None:
-            self._model.set_attn_implementation(attention)
+            self._model.set_attn_implementation(own_attention)
         return failure
 
     def _tolerance_with_state(self, expected: Logits) -> float:

@@ -8,12 +8,18 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
+from mixlm.engines.batching import SequenceInput
 from mixlm.engines.transformers.model_loading import count_bytes
 from mixlm.engines.transformers.position_frequencies import PositionFrequencies
+from mixlm.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from mixlm.engines.transformers.adapters import Adapters
-    from mixlm.engines.transformers.hidden_states import HiddenStateHook
+
+_LARGEST = 65504.0  # of float16
 
 
 class LoadedModel:
@@ -42,8 +48,6 @@ class LoadedModel:
     @cached_property
     def hidden_states(self) -> HiddenStateHook:
         """The hidden states of forward passes, noted from when this is first used."""
-        from mixlm.engines.transformers.hidden_states import HiddenStateHook
-
         return HiddenStateHook(self.model)
 
     @contextmanager
@@ -67,3 +71,38 @@ class LoadedModel:
         with self.lock:
             self.adapters = self.adapters or Adapters(self.model, self.name, self._attention)
             self.adapters.add(adapter)
+
+
+class HiddenStateHook:
+    """Notes hidden states in the forward passes of one `recording`: what goes into a model's output layer."""
+
+    def __init__(self, model: Any) -> None:
+        self._passes: list[torch.Tensor] | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._note)
+
+    def _note(self, layer: Any, arguments: tuple[Any, ...]) -> None:
+        if self._passes is not None:
+            self._passes.append(arguments[0].reshape(-1, arguments[0].shape[-1]))
+
+    @contextmanager
+    def recording(self, inputs: Sequence[SequenceInput]) -> Iterator[None]:
+        """Hand the hidden states of what runs in here to the sessions that keep them. inputs: all that runs.
+
+        Raises:
+            UnsupportedError: The model computes its logits another way.
+        """
+        passes: list[torch.Tensor] = []
+        self._passes = passes
+        try:
+            yield
+        finally:
+            self._passes = None
+        total = sum(item.last for item in inputs)
+        if sum(len(rows) for rows in passes) < total:
+            raise UnsupportedError(
+                "this model does not show its hidden states", "observe the most likely tokens: a router with top_k"
+            )
+        states = torch.cat(passes)[-total:].float().clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
+        for item, part in zip(inputs, np.split(states, np.cumsum([item.last for item in inputs])[:-1]), strict=True):
+            if item.session.keeps_hidden:
+                item.session.hidden_states = part

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mixlm.engines.transformers.attention_form import AttentionForm
-from mixlm.engines.transformers.kv_cache import KVBuffer, KVCache, QueryKeyValue, causal_mask
+from mixlm.engines.transformers.attention import AttentionForm, QueryKeyValue, causal_mask
+from mixlm.engines.transformers.kv_cache import KVBuffer, KVCache
 from mixlm.engines.transformers.varlen import Lengths, VarlenKernel
 from mixlm.types import Ids
 
@@ -49,7 +49,7 @@ class PackedSequences:
             cache.length += count
 
     def attend(self, layer: int, qkv: QueryKeyValue, form: AttentionForm) -> torch.Tensor:
-        """Attend within each sequence: see `kv_cache.AttentionBatch`."""
+        """Attend within each sequence: see `attention.attend`."""
         query, key, value = qkv
         if not self._calls:
             self._calls = self._plan(query.device, _CALL_NUMBERS / (key.shape[1] * (key.shape[3] + value.shape[3])))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mixlm.engines.transformers.attention_form import AttentionForm
+from mixlm.engines.transformers.attention import AttentionForm
 
 
 class Lengths(NamedTuple):

@@ -10,8 +10,7 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as of_gemma2
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as of_gpt_oss
 
-from mixlm.engines.transformers.attention_form import AttentionForm
-from mixlm.engines.transformers.kv_cache import causal_mask
+from mixlm.engines.transformers.attention import AttentionForm, causal_mask
 
 HEADS, GROUPS, QUERIES, KEYS, SIZE = 2, 3, 4, 9, 8
 

@@ -1,0 +1,112 @@
+"""Attention of transformers models: scaled dot products, and the variants of models; the forward pass decides of what.
+
+Scores may be capped as in Gemma 2 (`softcap`), and each head may have a learned sink that takes probability and adds
+nothing, as in gpt-oss (Xiao et al., 2024, arXiv 2309.17453). PyTorch's fused kernels know neither.
+
+transformers finds `attend` by name (its attention interface) and hands it the keyword arguments of the model's forward:
+among them `attention_batch`, which knows the sequences of the pass. `packed_sequences` has any number of sequences of
+any lengths, `cuda_graphs` one sequence in fixed shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+ATTENTION_NAME = "mixlm"
+_SUPPORTED_OPTIONS = {
+    "dropout",
+    "scaling",
+    "sliding_window",
+    "is_causal",
+    "attention_batch",
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "output_attentions",
+    "output_router_logits",
+    "s_aux",
+    "softcap",
+}
+
+QueryKeyValue = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (1, heads, tokens, head dimension) each
+
+
+class AttentionForm(NamedTuple):
+    """The form of one layer's attention.
+
+    window: how many tokens, itself included, a token attends to; None for all before it. scale: of the scores; None for
+    torch's default. softcap: the bound of scores, None for none. sinks: a score for each query head, None for none.
+    """
+
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attend with the query heads that share a KV head stacked as further queries: nothing has to be repeated.
+
+        Args:
+            query: (sequences, KV heads, query heads of each · queries, head dimension).
+            keys: (sequences, KV heads, keys, head dimension).
+            values: (sequences, KV heads, keys, head dimension).
+            mask: which keys each row attends to, or what is added to its scores; None for all keys.
+
+        Returns:
+            (sequences, KV heads, query heads of each · queries, head dimension).
+        """
+        if self.softcap is None and self.sinks is None:
+            return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = (query @ keys.transpose(2, 3) * scale).float()
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+        if self.sinks is not None:
+            sequences, heads, rows, _ = scores.shape
+            column = self.sinks.float().view(heads, -1, 1).expand(-1, -1, rows * heads // self.sinks.numel())
+            scores = torch.cat([scores, column.reshape(heads, rows, 1).expand(sequences, -1, -1, -1)], dim=3)
+        weights = scores.softmax(dim=3)[..., : keys.shape[2]]
+        return weights.to(values.dtype) @ values
+
+
+def causal_mask(positions: torch.Tensor, keys: int, window: int | None) -> torch.Tensor:
+    """Return which keys queries at these positions attend to: bool (queries, keys)."""
+    distance = positions[:, None] - torch.arange(keys, device=positions.device)
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)
+
+
+def attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """Attend within each sequence of a forward pass's `attention_batch`.
+
+    Its method `attend(layer, (query, key, value), form)` gets those of all tokens of the pass and returns (1, tokens,
+    query heads, head dimension). Raises NotImplementedError where a model needs more than an `AttentionForm`.
+    """
+    unsupported = [name for name, option in options.items() if name not in _SUPPORTED_OPTIONS and option is not None]
+    if unsupported:
+        raise NotImplementedError(f"attention with {', '.join(unsupported)}")
+    if "attention_batch" not in options:
+        raise NotImplementedError("its layers do not hand on what its forward pass is given")
+    form = AttentionForm(*(options.get(name) for name in ("sliding_window", "scaling", "softcap", "s_aux")))
+    return options["attention_batch"].attend(module.layer_idx, (query, key, value), form), None
+
+
+def register(model: Any) -> bool:
+    """Let a model attend with `attend`. Returns whether it can."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+    except Exception:  # each family refuses in its own way
+        return False
+    return bool(model.config._attn_implementation == ATTENTION_NAME)

@@ -21,6 +21,10 @@ CONVERSATIONS = {
     "twice": [("system", "A"), ("system", "B"), ("user", "C")],
     "answered": [("user", "One"), ("assistant", "Two")],
 }
+ALL = {
+    **TEMPLATES,
+    "dictionaries": "{% set d = dict.fromkeys(['a'], messages[0].content) %}{{ d.a }}{{ dict(b=d)['b'] | length }}",
+}
 TOOLS = [
     {
         "type": "function",
@@ -42,14 +46,14 @@ def reference():
 
 @pytest.mark.parametrize("generation", [True, False])
 @pytest.mark.parametrize("tools", [None, TOOLS])
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_template_renders_as_in_transformers(name, tools, generation):
     options = {"tools": tools, "add_generation_prompt": generation}
-    template = ChatTemplate(TEMPLATES[name], reference().special_tokens_map, "the template")
+    template = ChatTemplate(ALL[name], reference().special_tokens_map, "the template")
     for conversation in CONVERSATIONS.values():
         turns = [{"role": role, "content": content} for role, content in conversation]
         try:
-            expected = reference().apply_chat_template(turns, chat_template=TEMPLATES[name], tokenize=False, **options)
+            expected = reference().apply_chat_template(turns, chat_template=ALL[name], tokenize=False, **options)
         except Exception:
             with pytest.raises(TemplateError):
                 template.render(turns, **options)

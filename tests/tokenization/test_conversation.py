@@ -42,7 +42,7 @@ def conversation(roles: str) -> list[Message]:
 
 def render(template: str, messages: list[Message]) -> str:
     variables = {"bos_token": "<s>", "eos_token": "</s>"}
-    return ConversationRenderer(ChatTemplate(template, variables, "the template").render, "m")(messages)
+    return ConversationRenderer(ChatTemplate(template, variables, "the template"), "m")(messages)
 
 
 def system(text: str) -> Message:

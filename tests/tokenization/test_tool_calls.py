@@ -43,7 +43,7 @@ Answer <tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>' }}{% 
 
 def renderer(template: str) -> ConversationRenderer:
     compiled = ChatTemplate(template, {"bos_token": "<s>", "eos_token": "</s>"}, "the template")
-    return ConversationRenderer(compiled.render, "m", compiled.variables)
+    return ConversationRenderer(compiled, "m")
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "plain", "native"])
@@ -175,7 +175,7 @@ def test_what_was_cut_off_stays_a_call():
 
 
 def test_arguments_that_are_nested_deeply_are_rendered_or_refused():
-    renderer = ConversationRenderer(ChatTemplate(CHATML, {}, "m").render, "m")
+    renderer = ConversationRenderer(ChatTemplate(CHATML, {}, "m"), "m")
     for depth in (100, 300, 500, 700, 900, 100_000):
         call = ToolCall("f", "[" * depth + "]" * depth)
         with suppress(ConfigError):

@@ -128,7 +128,7 @@ class TokenizerSetup:
         after_response = "" if source is None else text_after_response(template.render)
         end_of_turn = {i for spelling, i in self.special_tokens.items() if after_response.startswith(spelling)}
         own_ends = {*as_ids(tokenizer.named_id("eos_token")), *self.ends, *end_of_turn}
-        renderer = ConversationRenderer(template.render, spec.name, template.variables)
+        renderer = ConversationRenderer(template, spec.name)
         prompts = PromptEncoder(self._encoder, self.special_tokens, renderer, self._begin)
         prompts.system = spec.system
         notes = [*notes]

@@ -19,13 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mixlm.errors import DownloadError, MixlmError, ModelLoadError, ModelNotFoundError, did_you_mean
-from mixlm.models.cache import GGUF_FILE, InstalledModel, ModelMetadata, file_name, find, read_info
+from mixlm.models.cache import GGUF_FILE, InstalledModel, ModelMetadata, file_name, read_info
 from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel, WheelFile, expand
-from mixlm.models.convert import add_tokenizer, check_gguf, checksum, ensure_tokenizer
+from mixlm.models.convert import add_tokenizer, check_gguf, checksum
 from mixlm.models.header import read_header
-from mixlm.models.hub import check_hub, hub_file, hub_files
 from mixlm.models.install import install
-from mixlm.models.resolve import check_no_page
+from mixlm.models.resolve import check_hub, check_no_page, hub_file, hub_files
 from mixlm.terminal import ProgressDisplay
 
 _CHUNK = 1 << 20
@@ -57,7 +56,7 @@ def fetch_models(name: str, display: ProgressDisplay | None = None) -> list[Inst
             return [_install_gguf(Path(_from_hub(*file, display)), f"{name} (Hugging Face)", display)]
         if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists():
             return [_hub_snapshot(name, display)]
-    return [_with_gguf(model, display) for model in expand(name)]
+    return [_install_catalog_model(model, display) for model in expand(name)]
 
 
 def _install_gguf(path: Path, source: str, display: ProgressDisplay) -> InstalledModel:
@@ -139,21 +138,6 @@ def _install_catalog_model(model: CatalogModel, display: ProgressDisplay) -> Ins
             return add_tokenizer(whole, target, source=source, sha256=model.sha256, dtype="GGUF", licence=model.licence)
 
     return install(model.name, build, display)
-
-
-def _with_gguf(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
-    """Return a model, with its GGUF file; fetch what is missing."""
-    installed = find(model.name)
-    if installed is None:
-        return _install_catalog_model(model, display)
-    gguf = installed.path / GGUF_FILE
-    if not gguf.is_file() and importlib.util.find_spec("xllamacpp") is not None:
-        with tempfile.TemporaryDirectory(prefix=".", dir=installed.path) as scratch:
-            whole = Path(scratch) / GGUF_FILE
-            _assemble(model, _download(model, Path(scratch), display), whole, display)
-            whole.replace(gguf)
-    ensure_tokenizer(installed.path)
-    return installed
 
 
 def _download(model: CatalogModel, folder: Path, display: ProgressDisplay) -> dict[str, Path]:

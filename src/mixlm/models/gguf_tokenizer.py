@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mixlm.errors import ModelLoadError, UnsupportedError
+from mixlm.tokenization.vocabulary import SPACE
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 _MERGEABLE = (_NORMAL, _USER_DEFINED, _UNUSED)
-_SPACE = "▁"
 # Models whose added tokens take the white space behind them, and those of their tokens that do not.
 _TAKES_SPACES = ("phi-3", "phi3")
 _TAKES_NONE = ("<unk>", "<s>", "<|endoftext|>")
@@ -64,57 +64,53 @@ class PreTokenizer:
     begin: bool = False
 
 
-def _names(rule: PreTokenizer, *names: str) -> dict[str, PreTokenizer]:
-    return dict.fromkeys(names, rule)
-
-
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
-    **_names(PreTokenizer(_DEFAULT), "default"),
-    **_names(
+_BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"
+# Pre-tokenizers, and the names by which files have them.
+_RULES: tuple[tuple[PreTokenizer, str], ...] = (
+    (PreTokenizer(_DEFAULT), "default"),
+    (
         PreTokenizer((_GPT2,)),
-        *("gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "a.x-4.0", "mellum"),
-        *("modern-bert", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"),
+        "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert mpt olmo jais trillion "
+        "granite-docling exaone4",
     ),
-    **_names(
-        PreTokenizer((r"\p{N}", _GPT2)),
-        *("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"),
-    ),
-    **_names(
+    (PreTokenizer((r"\p{N}", _GPT2)), "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2"),
+    (
         PreTokenizer((_LLAMA3,), whole_words=True, begin=True),
-        *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
     ),
-    **_names(PreTokenizer((_LLAMA3,)), "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"),
-    **_names(
+    (PreTokenizer((_LLAMA3,)), "dbrx smaug-bpe glm4 chatglm-bpe"),
+    (
         PreTokenizer((_QWEN2,)),
-        *("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2"),
+        "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 megrez hunyuan solar-open grok-2",
     ),
-    **_names(PreTokenizer((_QWEN35,)), "qwen35"),
-    **_names(PreTokenizer((r"\p{N}{1,3}", _CJK, _DEEPSEEK3)), "deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"),
-    **_names(
-        PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[[一-龥ࠀ-一가-퟿]&&\S]+", r"\p{N}")), "deepseek-coder"
+    (PreTokenizer((_QWEN35,)), "qwen35"),
+    (PreTokenizer((r"\p{N}{1,3}", _CJK, _DEEPSEEK3)), "deepseek-v3 hunyuan-dense joyai-llm hy_v4"),
+    (
+        PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[[一-龥ࠀ-一가-퟿]&&\S]+", r"\p{N}")),
+        "deepseek-coder",
     ),
-    **_names(PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")), "falcon"),
-    **_names(PreTokenizer((" ?[^(\\s|.,!?…。，、।۔،)]+",)), "poro-chat", "bloom", "gpt3-finnish"),
-    **_names(PreTokenizer((" ?[^(\\s|.,!?…。，、।۔،)]+", r"\p{N}")), "viking"),
-    **_names(PreTokenizer((_TEKKEN,), whole_words=True, begin=True), "tekken"),
-    **_names(PreTokenizer((_GPT4O,)), "gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"),
-    **_names(
+    (PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")), "falcon"),
+    (PreTokenizer((_BLOOM,)), "poro-chat bloom gpt3-finnish"),
+    (PreTokenizer((_BLOOM, r"\p{N}")), "viking"),
+    (PreTokenizer((_TEKKEN,), whole_words=True, begin=True), "tekken"),
+    (PreTokenizer((_GPT4O,)), "gpt-4o llama4 kanana2 talkie minimax-m2"),
+    (
         PreTokenizer(
             (
                 r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
             )
         ),
-        *("bailingmoe", "bailingmoe2", "llada-moe"),
+        "bailingmoe bailingmoe2 llada-moe",
     ),
-    **_names(
+    (
         PreTokenizer((rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_TAIL}",)),
         "seed-coder",
     ),
-    **_names(PreTokenizer((r"\p{N}{1,3}", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), whole_words=True), "minicpm5"),
-    **_names(PreTokenizer(("[^\\n]+|[\\n]+", _QWEN2)), "laguna"),
-    **_names(PreTokenizer((r"\p{N}+", r"(?=(\d{3})+(?!\d))")), "superbpe"),
-    **_names(
+    (PreTokenizer((r"\p{N}{1,3}", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), whole_words=True), "minicpm5"),
+    (PreTokenizer(("[^\\n]+|[\\n]+", _QWEN2)), "laguna"),
+    (PreTokenizer((r"\p{N}+", r"(?=(\d{3})+(?!\d))")), "superbpe"),
+    (
         PreTokenizer(
             (
                 *("<sentinel:[0-9]+>", "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z", "([\\t\\n]|    |  )"),
@@ -124,7 +120,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
         ),
         "chameleon",
     ),
-    **_names(
+    (
         PreTokenizer(
             (
                 rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
@@ -133,7 +129,8 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
         ),
         "exaone-moe",
     ),
-}
+)
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {name: rule for rule, names in _RULES for name in names.split()}
 # Not kimi-k2, afmoe, tiny_aya, cohere2moe, gemma4, sarvam-moe and youtu: llama.cpp has code of its own for these, or
 # patterns that its own engine reads in another way than this library.
 
@@ -191,7 +188,8 @@ def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], name: str) -> 
             f"{name} has the pre-tokenizer {pre!r}, which mixlm does not read from GGUF files",
             "a folder with the same model in safetensors may load",
         )
-    merges = [_merge(merge) for merge in fields.get("merges") or ()]
+    cuts = ((merge, merge.index(" ", 1)) for merge in fields.get("merges") or ())  # a part may begin with a space
+    merges = [(merge[:cut], merge[cut + 1 :]) for merge, cut in cuts]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=rule.whole_words))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
@@ -199,12 +197,6 @@ def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], name: str) -> 
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, rule.begin
-
-
-def _merge(text: str) -> tuple[str, str]:
-    """Return the two parts of a merge; the first may itself begin with a space."""
-    split = text.index(" ", 1)
-    return text[:split], text[split + 1 :]
 
 
 def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], name: str) -> tuple[Any, bool]:
@@ -246,11 +238,11 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], name: str) 
         )
     )
     prefix = bool(fields.get("add_space_prefix", True))
-    spaces = normalizers.Replace(" ", _SPACE)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
+    spaces = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return tokenizer, True
 

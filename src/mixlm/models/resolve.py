@@ -1,4 +1,4 @@
-"""Find the model that a user names."""
+"""Find the model that a user names: a folder, a file, a name of the catalog or the cache, or a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixlm.errors import ModelNotFoundError
-from mixlm.models.cache import find, is_converted
+from mixlm.errors import ModelNotFoundError, did_you_mean
+from mixlm.models.cache import find, installed, is_converted
 from mixlm.models.catalog import CATALOG
+
+# A name alone is the id of some old models, such as gpt2.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # The address of a model on the Hugging Face hub, or of a GGUF file there.
 _PAGE = re.compile(
@@ -23,7 +26,7 @@ class ResolvedModel:
 
     path_or_id: str  # a folder, or a Hugging Face id
     name: str  # short, for display
-    local: bool  # False if loading it downloads it
+    local: bool = True  # False if loading it downloads it
     on_hub: bool = False  # whether it is a Hugging Face id
 
 
@@ -52,17 +55,14 @@ def resolve(spec: str, dtype: str = "bfloat16", revision: str | None = None) -> 
     if path.is_dir() and ((path / "config.json").is_file() or not (installed_model or spec in CATALOG)):
         return _folder(path)
     if path.suffix.lower() == ".gguf":
-        if not path.is_file() and not path.parent.is_dir():
-            from mixlm.models.hub import hub_file
-
-            if hub_file(spec) is not None:
-                raise ModelNotFoundError(
-                    f"there is no file {spec} here; a file of the Hugging Face hub is fetched first",
-                    f"mixlm models get {spec}",
-                )
+        if not path.is_file() and not path.parent.is_dir() and hub_file(spec) is not None:
+            raise ModelNotFoundError(
+                f"there is no file {spec} here; a file of the Hugging Face hub is fetched first",
+                f"mixlm models get {spec}",
+            )
         from mixlm.models.convert import converted
 
-        return ResolvedModel(str(converted(path, dtype)), path.stem, local=True)
+        return ResolvedModel(str(converted(path, dtype)), path.stem)
     if installed_model is None and spec in CATALOG:
         raise ModelNotFoundError(f"the model {spec!r} is not installed", f"mixlm models get {spec}")
     if installed_model:
@@ -71,13 +71,11 @@ def resolve(spec: str, dtype: str = "bfloat16", revision: str | None = None) -> 
             from mixlm.models.convert import ensure_tokenizer, ensure_weights
 
             folder = ensure_tokenizer(ensure_weights(folder))
-        return ResolvedModel(str(folder), installed_model.name, local=True)
-    from mixlm.models.hub import find_on_hub, not_found
-
-    model = find_on_hub(spec, path, revision)
+        return ResolvedModel(str(folder), installed_model.name)
+    model = _on_hub(spec, path, revision)
     if model is None:
-        raise not_found(spec, path)
-    return ResolvedModel(*model, on_hub=True)
+        raise _not_found(spec)
+    return model
 
 
 def check_no_page(spec: str) -> None:
@@ -96,4 +94,97 @@ def _folder(path: Path) -> ResolvedModel:
             f"it contains {', '.join(files[:3])}: give the path of that file" if files else "give the folder of a model"
         )
         raise ModelNotFoundError(f"the folder {path} is not a model: it lacks config.json", hint)
-    return ResolvedModel(str(path), path.name, local=True)
+    return ResolvedModel(str(path), path.name)
+
+
+def hub_file(spec: str) -> tuple[str, str] | None:
+    """Return the Hugging Face id and the file of `OWNER/NAME/FILE.gguf`, None for anything else."""
+    parts = spec.split("/", 2)
+    repo = "/".join(parts[:2])
+    is_file = len(parts) == 3 and parts[2].lower().endswith(".gguf") and ".." not in parts
+    return (repo, parts[2]) if is_file and _HUB_ID.fullmatch(repo) else None
+
+
+def check_hub(spec: str) -> None:
+    """Check once that the hub has a model for transformers, since loading from it would retry many times.
+
+    Raises:
+        ModelNotFoundError: It has not, or does not answer.
+    """
+    files = hub_files(spec)
+    ggufs = [file for file in files if file.lower().endswith(".gguf")]
+    if ggufs and "config.json" not in files:
+        raise ModelNotFoundError(
+            f"{spec} on the Hugging Face hub has GGUF files only: {', '.join(ggufs[:8])}",
+            f"fetch one of them, such as: mixlm models get {spec}/{ggufs[0]}",
+        )
+
+
+def _on_hub(spec: str, path: Path, revision: str | None) -> ResolvedModel | None:
+    """Return the model of a Hugging Face id, from the local hub cache if it is there; None for what is no id.
+
+    Raises:
+        ModelNotFoundError: The hub has no model of this id for transformers, or does not answer.
+    """
+    if not _HUB_ID.fullmatch(spec):
+        return None
+    name = spec.rpartition("/")[2]
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return ResolvedModel(spec, name, local=False, on_hub=True)
+    config = try_to_load_from_cache(spec, "config.json", revision=revision)
+    if isinstance(config, str):
+        snapshot = Path(config).parent
+        if any(next(snapshot.glob(pattern), None) for pattern in ("*.safetensors", "*.bin")):
+            return ResolvedModel(str(snapshot), name, on_hub=True)
+    # A file, what is almost a known name, or `models/lama` beside a folder `models/llama`, is a slip and no id.
+    if path.is_file() or ("/" not in spec and did_you_mean(spec, _known_names())):
+        return None
+    if path.parent.is_dir() and did_you_mean(path.name, _entries(path.parent)):
+        return None
+    check_hub(spec)
+    return ResolvedModel(spec, name, local=False, on_hub=True)
+
+
+def hub_files(spec: str) -> list[str]:
+    """Return the files of a model on the hub.
+
+    Raises:
+        ModelNotFoundError: The hub has no such model, or does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        info = HfApi().model_info(spec, timeout=15)
+    except RepositoryNotFoundError as error:
+        raise _not_found(spec, "and the Hugging Face hub has none that you can read") from error
+    except HFValidationError as error:
+        raise _not_found(spec) from error
+    except Exception as error:  # the error of a lost connection depends on the version
+        raise _not_found(spec, "and the Hugging Face hub does not answer") from error
+    return [file.rfilename for file in getattr(info, "siblings", None) or ()]
+
+
+def _entries(folder: Path) -> list[str]:
+    """Return what in a folder may be a model: folders and GGUF files."""
+    return [entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+
+
+def _known_names() -> list[str]:
+    """Return the names of the catalog's models and of the installed ones."""
+    return list(dict.fromkeys([*CATALOG, *(model.name for model in installed())]))
+
+
+def _not_found(spec: str, hub: str | None = None) -> ModelNotFoundError:
+    """Return the error for a `spec` that names no model. hub: what the hub said; None if it was not asked."""
+    known, parent = _known_names(), Path(spec).expanduser().parent
+    hint = (hub and did_you_mean(spec.rpartition("/")[2], known)) or did_you_mean(spec, known)
+    if hint is None and parent.is_dir():
+        hint = did_you_mean(spec, [str(parent / name) for name in _entries(parent)])
+    tried = f"no folder, installed model or catalog model has this name, {hub}"
+    return ModelNotFoundError(
+        f"no model {spec!r}: {tried if hub else 'not a folder, a .gguf file or a known name'}",
+        hint or f"known names: {', '.join(known)}; or give a folder, a .gguf file or a Hugging Face id",
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from traceback import walk_tb
 from typing import Any
 
 import jinja2
@@ -104,23 +105,23 @@ class _TemplateNamespace(Namespace):
 
     def __init__(*args: Any, **attributes: Any) -> None:
         self, *rest = args
-        Namespace.__init__(self, *rest, **attributes)
-        for name in dict(*rest, **attributes):
-            _check_attribute(name)
+        Namespace.__init__(self)
+        for name, value in dict(*rest, **attributes).items():
+            self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _check_attribute(name)
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a template may not store the attribute {name!r} on a namespace")
         Namespace.__setitem__(self, name, value)
 
 
 class _Dict:
-    """`dict()` without the attributes of the class."""
+    """`dict()` and `dict.fromkeys()` without the other attributes of the class."""
+
+    fromkeys = staticmethod(dict.fromkeys)
 
     def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
         return dict(*args, **items)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -151,23 +152,15 @@ def _raise_exception(message: str) -> None:
     raise _RefusedError(message)
 
 
-def _check_attribute(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a template may not store the attribute {name!r} on a namespace")
-
-
 def _sentence(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _line(error: BaseException) -> str:
     """Return the line of the template that an error comes from, in words."""
-    line, traceback = "", error.__traceback__
-    while traceback is not None:
-        if (
-            "__jinja_template__" in traceback.tb_frame.f_globals
-            or traceback.tb_frame.f_code.co_filename == "<template>"
-        ):
-            line = f", line {traceback.tb_lineno},"
-        traceback = traceback.tb_next
-    return line
+    lines = [
+        line
+        for frame, line in walk_tb(error.__traceback__)
+        if "__jinja_template__" in frame.f_globals or frame.f_code.co_filename == "<template>"
+    ]
+    return f", line {lines[-1]}," if lines else ""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import markupsafe
 
 from mixlm.errors import ConfigError, TemplateError
+from mixlm.tokenization.chat_template import ChatTemplate
 from mixlm.tokenization.prompt_encoder import PLAIN_FORM, PromptForm, unused_character
 from mixlm.tokenization.tool_calls import (
     CALL_BEGIN,
@@ -39,23 +40,22 @@ _FORMS: tuple[frozenset[Role], ...] = (frozenset(), frozenset(ROLES), frozenset(
 _PRINTED_PARTS = ("'type':'text'", '"type":"text"')
 _REFUSED = "drop that message, or give the member another template: template_file = PATH"
 
-Turns = list[dict[str, Any]]
-RenderTurns = Callable[..., str]
-
 
 class ConversationRenderer:
     """Renders conversations up to where the response begins.
 
     Args:
-        render: The chat template: a function like `ChatTemplate.render`.
+        template: The chat template.
         name: The member's, for messages.
+
+    Attributes:
         variables: The names that the template takes from outside.
     """
 
-    def __init__(self, render: RenderTurns, name: str, variables: Collection[str] = ()) -> None:
-        self._render = render
+    def __init__(self, template: ChatTemplate, name: str) -> None:
+        self._template = template
         self._name = name
-        self.variables = frozenset(variables)
+        self.variables = template.variables
 
     def __call__(self, messages: Sequence[Message], form: PromptForm = PLAIN_FORM) -> str:
         """Return the prompt, in which the text of every message stands, and every tool.
@@ -96,14 +96,12 @@ class ConversationRenderer:
         raise first_error
 
     def _rendered(self, messages: Sequence[Message], parts: frozenset[Role], form: PromptForm) -> str:
-        options: dict[str, Any] = {}
-        if form.tools:
-            options["tools"] = [tool_dict(tool) for tool in form.tools]
-        if form.variables:
-            options["variables"] = form.variables
-        if not form.add_generation_prompt or form.continue_final_message:
-            options["add_generation_prompt"] = False
-        return self._render(_turns(messages, parts), **options)
+        return self._template.render(
+            _turns(messages, parts),
+            add_generation_prompt=form.add_generation_prompt and not form.continue_final_message,
+            tools=[tool_dict(tool) for tool in form.tools] or None,
+            variables=form.variables,
+        )
 
     def _unfinished(self, messages: Sequence[Message], parts: frozenset[Role], form: PromptForm) -> str:
         """Return the prompt up to the end of the last message's content."""
@@ -155,8 +153,8 @@ class ConversationRenderer:
             if not content.strip():
                 continue
             free = message.role == "system"
-            position = _find(plain, "{}", message, 0 if free else plain_end)
-            position_marked = _find(bordered, border + "{}" + border, message, 0 if free else bordered_end)
+            position = _find(plain, "", message, 0 if free else plain_end)
+            position_marked = _find(bordered, border, message, 0 if free else bordered_end)
             if position is None or position_marked is None:
                 return number
             if plain.count(_packed(content)) < unmarked.count(_packed(content)) and not _has_thinking(message):
@@ -185,17 +183,12 @@ def _is_in(rendered: str, text: str) -> bool:
     return any(spelling in rendered for spelling in _spellings(text))
 
 
-def _find(rendered: str, pattern: str, message: Message, start: int) -> int | None:
+def _find(rendered: str, border: str, message: Message, start: int) -> int | None:
     """Return the end of a message's text in a prompt from an offset on; None where it is not there."""
-    before, after = pattern.split("{}")
-    for content in _spellings(message.content):
-        if (offset := rendered.find(before + content + after, start)) >= 0:
-            return offset + len(before + content + after)
+    texts = [border + content + border for content in _spellings(message.content)]
     if _has_thinking(message):
-        for content in _spellings(message.content.rpartition(_THINKING_END)[2]):
-            if (offset := rendered.find(content + after, start)) >= 0:
-                return offset + len(content + after)
-    return None
+        texts += [content + border for content in _spellings(message.content.rpartition(_THINKING_END)[2])]
+    return next((offset + len(text) for text in texts if (offset := rendered.find(text, start)) >= 0), None)
 
 
 def _has_thinking(message: Message) -> bool:
@@ -215,7 +208,7 @@ def _packed(text: str) -> str:
     return "".join(text.split())
 
 
-def _turns(messages: Sequence[Message], parts: frozenset[Role]) -> Turns:
+def _turns(messages: Sequence[Message], parts: frozenset[Role]) -> list[dict[str, Any]]:
     """Return messages as templates take them. parts: roles whose content is a list of parts."""
     names = {call.id: call.name for message in messages for call in message.tool_calls}
     turns = []

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -83,7 +84,6 @@ class PromptEncoder:
         self._render = render
         self._begin = list(begin)
         self._spellings = _Spellings(self._special_tokens)
-        self._breakable = _Spellings(spelling for spelling in self._special_tokens if len(spelling) > 1)
 
     @property
     def template_variables(self) -> frozenset[str]:
@@ -98,33 +98,29 @@ class PromptEncoder:
         calls = [call.arguments for message in messages for call in message.tool_calls]
         tools = [json.dumps(tool_dict(tool), ensure_ascii=False) for tool in form.tools]
         mark = unused_character("".join([*(message.content for message in messages), *calls, *tools]))
+        escaped = partial(self._escaped, mark=mark)
         safe = [
             replace(
                 message,
-                content=self._escaped(message.content, mark),
-                tool_calls=tuple(
-                    replace(call, arguments=self._escaped(call.arguments, mark)) for call in message.tool_calls
-                ),
+                content=escaped(message.content),
+                tool_calls=tuple(replace(call, arguments=escaped(call.arguments)) for call in message.tool_calls),
             )
             for message in messages
         ]
         if form == PLAIN_FORM:
             return self._rendered_ids(self._render(safe), mark)
         own = {name: value for name, value in form.variables.items() if name in self.template_variables}
-        safe_tools = tuple(self._escaped_tool(tool, mark) for tool in form.tools)
+        safe_tools = tuple(
+            replace(tool, description=escaped(tool.description), parameters=map_strings(tool.parameters, escaped))
+            for tool in form.tools
+        )
         rendered = self._render(safe, replace(form, tools=safe_tools, variables=own))
         return self._rendered_ids(rendered.replace(json.dumps(mark)[1:-1], mark), mark)
 
-    def _escaped_tool(self, tool: Tool, mark: str) -> Tool:
-        return Tool(
-            tool.name,
-            self._escaped(tool.description, mark),
-            map_strings(tool.parameters, lambda text: self._escaped(text, mark)),
-        )
-
     def _escaped(self, text: str, mark: str) -> str:
         """Put the mark after the first character of every spelling of a special token, overlapping ones included."""
-        cuts = [0, *(start + 1 for start, _ in self._breakable.find(text)), len(text)]
+        starts = [start for start, spelling in self._spellings.find(text) if len(spelling) > 1]
+        cuts = [0, *(start + 1 for start in starts), len(text)]
         escaped = mark.join(text[start:end] for start, end in pairwise(cuts))
         if isinstance(self._encoder, TokenizerEncoder) and self._encoder.spells_special(escaped):
             return re.sub(r"(?<=\S)(?=\S)", mark, text)
@@ -162,31 +158,19 @@ class PromptEncoder:
 class _Spellings:
     """Finds strings of a set in a text. There may be thousands; a regular expression of them all takes seconds."""
 
-    _PREFIX = 4
-
     def __init__(self, spellings: Iterable[str]) -> None:
         self._all = frozenset(spelling for spelling in spellings if spelling)
-        self._lengths: dict[str, list[int]] = {}  # of the spellings with each prefix, in descending order
-        for length in sorted({len(spelling) for spelling in self._all}, reverse=True):
-            for prefix in {spelling[: self._PREFIX] for spelling in self._all if len(spelling) == length}:
-                self._lengths.setdefault(prefix, []).append(length)
-        # Prefixes are looked at and not consumed, so that a spelling inside another is found too.
-        prefixes = sorted(self._lengths, key=len, reverse=True)
-        self._pattern = re.compile(f"(?={'|'.join(map(re.escape, prefixes))})" if prefixes else "(?!)")
+        self._lengths = sorted({len(spelling) for spelling in self._all}, reverse=True)
+        first = {re.escape(spelling[0]) for spelling in self._all}
+        self._beginnings = re.compile("|".join(first) or "(?!)")
 
     def find(self, text: str) -> Iterator[tuple[int, str]]:
         """Yield where spellings begin, with the longest that begins there. They may overlap."""
-        for match in self._pattern.finditer(text):
+        for match in self._beginnings.finditer(text):
             start = match.start()
-            if (spelling := self._longest(text, start)) is not None:
+            candidates = (text[start : start + length] for length in self._lengths)
+            if (spelling := next((candidate for candidate in candidates if candidate in self._all), None)) is not None:
                 yield start, spelling
-
-    def _longest(self, text: str, start: int) -> str | None:
-        for size in range(self._PREFIX, 0, -1):
-            for length in self._lengths.get(text[start : start + size], ()):
-                if (length >= size) and (spelling := text[start : start + length]) in self._all:
-                    return spelling
-        return None
 
 
 def unused_character(text: str) -> str:

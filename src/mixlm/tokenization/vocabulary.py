@@ -121,12 +121,6 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def _bytes_as_latin1() -> dict[int, str]:
-    """Return a table for `str.translate` from GPT-2's alphabet to Latin-1, which encodes no other character."""
-    others = dict.fromkeys(range(256), "\uffff")
-    return others | {ord(character): chr(byte) for character, byte in byte_alphabet().items()}
-
-
 def flatten_component(component: Any, field: str) -> list[dict[str, Any]]:
     """Return a described tokenizer component as a flat list: itself, or the parts in `field` when it is a sequence."""
     if component is None:
@@ -249,7 +243,7 @@ def token_bytes(
     Raises:
         TokenizerError: The bytes of its tokens cannot be known, or it does not read every text alike each time.
     """
-    _refuse_unreadable(tokenizer, name)
+    _refuse_unreadable(tokenizer, kind, name)
     added = tokenizer.get_added_tokens_decoder()
     special = {i for i, token in added.items() if token.special}
     names = token_names(tokenizer) if names is None else names
@@ -271,11 +265,13 @@ def token_bytes(
 
 def _byte_level_bytes(names: Mapping[int, str], name: str) -> list[bytes]:
     """Return the bytes of tokens in the byte-level alphabet, all at once: there may be hundreds of thousands."""
-    latin1 = _bytes_as_latin1()
+    alphabet = byte_alphabet()
+    # No character outside the alphabet can be encoded.
+    latin1 = dict.fromkeys(range(256), "\uffff") | {ord(character): chr(byte) for character, byte in alphabet.items()}
     try:
         data = "".join(names.values()).translate(latin1).encode("latin-1")
     except UnicodeEncodeError:
-        i = next(i for i, token in names.items() if not set(token) <= byte_alphabet().keys())
+        i = next(i for i, token in names.items() if not set(token) <= alphabet.keys())
         raise TokenizerError(f"token {i} of {name}, {names[i]!r}, is not spelled in the byte-level alphabet") from None
     ends = list(accumulate(map(len, names.values())))
     return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
@@ -287,7 +283,7 @@ def _sentencepiece_bytes(names: Collection[str]) -> list[bytes]:
     return data if len(data) == len(names) else [token.replace(SPACE, " ").encode() for token in names]
 
 
-def _refuse_unreadable(tokenizer: Any, name: str) -> None:
+def _refuse_unreadable(tokenizer: Any, kind: TokenizerFamily, name: str) -> None:
     """Raise TokenizerError for a tokenizer with a part that puts more or less into a text than its tokens tell."""
     model = tokenizer.model
     hint = "byte-level BPE and SentencePiece tokenizers can be used"
@@ -312,10 +308,9 @@ def _refuse_unreadable(tokenizer: Any, name: str) -> None:
             )
     description = describe(tokenizer)
     parts = flatten_component(description["pre_tokenizer"], "pretokenizers")
-    spelled_as_bytes = any(part["type"] == "ByteLevel" for part in parts) or any(
-        part["type"] == "ByteLevel" for part in flatten_component(description["normalizer"], "normalizers")
-    )
-    if spelled_as_bytes is not (detect_family(description, name) is TokenizerFamily.BYTE_LEVEL):
+    stages = [*parts, *flatten_component(description["normalizer"], "normalizers")]
+    spelled_as_bytes = any(part["type"] == "ByteLevel" for part in stages)
+    if spelled_as_bytes is not (kind is TokenizerFamily.BYTE_LEVEL):
         reads, writes = ("bytes", "text") if spelled_as_bytes else ("text", "bytes")
         raise TokenizerError(
             f"the tokenizer of {name} cannot be mapped to bytes: it reads {reads}, and its decoder writes {writes}",

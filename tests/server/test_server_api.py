@@ -608,6 +608,15 @@ def test_a_character_of_several_tokens_arrives_whole():
         chunks = list(events(server.complete("a", max_tokens=4, stream=True)))
         assert [chunk["choices"][0]["text"] for chunk in chunks] == ["", "ü", "", "ü", ""]
         assert [len(chunk["choices"][0]["mixlm"]["members"]) for chunk in chunks] == [1, 1, 1, 1, 0]
+        umlaut.prompts.chat = lambda *_: np.zeros(1, dtype=np.int64)
+        body = {"input": "a", "max_output_tokens": 4, "include": ["message.output_text.logprobs"], "stream": True}
+        lines = server.post("/v1/responses", body).text.splitlines()
+        received = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+        deltas = [event for event in received if event["type"] == "response.output_text.delta"]
+        assert [(event["delta"], len(event["mixlm"]["members"]), len(event["logprobs"])) for event in deltas] == [
+            ("ü", 2, 2)
+        ] * 2
+        assert len(received[-1]["response"]["output"][0]["content"][0]["logprobs"]) == 4
 
 
 def test_several_ensembles_by_name():

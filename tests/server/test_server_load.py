@@ -212,7 +212,8 @@ def test_a_failing_engine_ends_its_completion_and_no_other(caplog):
         assert server.complete("x", max_tokens=50).status_code == 200
         assert server.client.get("/health").status_code == 200
         assert server.metric("mixlm_errors_total", status="500") == 1
-    assert "secret detail" in caplog.text
+    [record] = [record for record in caplog.records if record.exc_info and "secret detail" in str(record.exc_info[1])]
+    assert (record.name, record.fields["request"]) == ("mixlm.server", failed.headers["x-request-id"])
 
 
 @pytest.mark.slow

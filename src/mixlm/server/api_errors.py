@@ -148,13 +148,7 @@ def _client_error(error: UsageError | TokenizerError) -> ApiError:
 
 
 def validation_error(error: ValidationError, schema: type[BaseModel], others: Iterable[str]) -> ApiError:
-    """Return the response for an invalid body: its first fault, with the field.
-
-    Args:
-        error: Of pydantic.
-        schema: Of the body.
-        others: Fields that the body may have besides those of its schema.
-    """
+    """Return the response for an invalid body: its first fault, with the field. others: fields beside the schema's."""
     errors = error.errors(include_url=False)
     if errors[0]["type"] == "json_invalid":
         why = errors[0]["msg"].removeprefix("Invalid JSON: ")
@@ -231,7 +225,7 @@ def _models_in(annotation: Any, *, in_lists: bool = True) -> list[type[BaseModel
 
 def _in_lower_case(message: str) -> str:
     message = message.removeprefix("Value error, ")
-    return message[:1].lower() + message[1:]
+    return message[:1].lower() + message[1:] if message[1:2].islower() else message
 
 
 def _for_clients(hint: str) -> str:

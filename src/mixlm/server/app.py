@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from mixlm.server.api_errors import unsupported_field
 from mixlm.server.api_keys import ApiKeys
@@ -39,17 +39,9 @@ from mixlm.server.tracing import RequestTracer
 
 
 class ServerApp:
-    """The parts of one server, and its routes.
+    """The parts of one server, and its routes; `asgi` is the application.
 
-    Args:
-        registry: The served models.
-        limits: Of requests and of the queue.
-        keys: The accepted API keys; none by default, then anyone may ask.
-        hosts: Names that a Host header may have; None for any.
-        tracer: Where requests are traced.
-
-    Attributes:
-        asgi: The ASGI application.
+    keys: none by default, then anyone may ask. hosts: names that a Host header may have; None for any.
     """
 
     def __init__(
@@ -72,10 +64,9 @@ class ServerApp:
         gauge("mixlm_waiting", "Generations in the queue.", lambda: self.model_thread.num_waiting)
         gauge("mixlm_prefix_cache_bytes", "Memory of KV caches kept for later prompts.", self._prefix_cache_bytes)
         routes = self._routes()
-        self._router = Router(routes, redirect_slashes=False, lifespan=self._lifespan)
-        self.asgi: ASGIApp = RequestMiddleware(
-            self._dispatch, {route.path for route in routes}, keys or ApiKeys(), self.metrics, hosts, tracer
-        )
+        router = Router(routes, redirect_slashes=False, lifespan=self._lifespan)
+        paths = {route.path for route in routes}
+        self.asgi: ASGIApp = RequestMiddleware(router, paths, keys or ApiKeys(), self.metrics, hosts, tracer)
 
     @property
     def has_busy_threads(self) -> bool:
@@ -91,8 +82,8 @@ class ServerApp:
         return [
             Route("/v1/models", self._get_models),
             Route("/v1/models/{name:path}", self._get_model),
-            Route("/v1/chat/completions", self._post_chat_completion, methods=["POST"]),
-            Route("/v1/completions", self._post_completion, methods=["POST"]),
+            Route("/v1/chat/completions", partial(self._post_completion, ChatBody), methods=["POST"]),
+            Route("/v1/completions", partial(self._post_completion, CompletionBody), methods=["POST"]),
             Route("/v1/responses", self._post_response, methods=["POST"]),
             Route("/v1/responses/{id}", self._stored_response, methods=["GET", "DELETE"]),
             Route("/v1/messages", self._post_message, methods=["POST"]),
@@ -105,11 +96,6 @@ class ServerApp:
                 for path, (file, media_type) in PAGE_FILES.items()
             ),
         ]
-
-    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the route of a request. Raises its errors, HTTPException for an unknown path or method."""
-        scope["app"] = self  # else the router answers unknown paths itself
-        await self._router(scope, receive, send)
 
     @asynccontextmanager
     async def _lifespan(self, _router: Any) -> AsyncIterator[None]:
@@ -126,12 +112,8 @@ class ServerApp:
     async def _get_model(self, request: Request) -> Response:
         return _json(self.registry.get(request.path_params["name"]).to_dict())
 
-    async def _post_chat_completion(self, request: Request) -> ASGIApp:
-        body, _ = await self._body(request, ChatBody)
-        return await self._complete(request, body)
-
-    async def _post_completion(self, request: Request) -> ASGIApp:
-        body, _ = await self._body(request, CompletionBody)
+    async def _post_completion(self, schema: type[ChatBody | CompletionBody], request: Request) -> ASGIApp:
+        body, _ = await self._body(request, schema)
         return await self._complete(request, body)
 
     async def _post_response(self, request: Request) -> ASGIApp:
@@ -177,9 +159,9 @@ class ServerApp:
         record = request.scope["mixlm.record"]
         if body.guided_json is not None:
             record.field_names = {"response_format": "guided_json"}
-        unit = body.mixlm.unit if body.mixlm is not None else None
-        await self.preparer.build_unit(self.registry.get(body.model), unit, record.client)
-        parsed = parse_request(body, self.registry, self.limits)
+        model = self.registry.get(body.model)
+        await self.preparer.build_unit(model, body.mixlm.unit if body.mixlm is not None else None, record.client)
+        parsed = parse_request(body, model, self.limits)
         responses = response_format(parsed, record.request_id)
         return CompletionHandler(parsed, responses, self.model_thread, self.preparer, self.metrics, self.limits, record)
 

@@ -2,9 +2,6 @@
 
 Generation never waits for the reader: while a client reads slowly, tokens collect here, and it holds no slot. A client
 that disconnects is noticed at once, whatever the response is waiting for.
-
-The server-sent events are written here, without a library for them: they are one line each, and such a library would
-neither watch for the disconnect nor limit the time of a send.
 """
 
 from __future__ import annotations

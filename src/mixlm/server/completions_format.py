@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
+from itertools import accumulate
 from math import isnan
 from typing import Any
 
@@ -46,10 +47,11 @@ class CompletionsFormat:
             "model": request.model.name,
             "system_fingerprint": request.model.fingerprint,
         }
-        self._chunk_head = {**self._head, "object": "chat.completion.chunk"} if self._is_chat else self._head
+        chunk = {"object": "chat.completion.chunk"} if self._is_chat else {}
+        self._chunk_head = {**self._head, **chunk, **({"usage": None} if request.include_usage else {})}
 
     def response(self, completions: Sequence[Completion]) -> bytes:
-        """Return the complete response, as JSON. completions: in the order of the tasks."""
+        """Return the complete response, as JSON. completions: in order."""
         # The log-probabilities of all choices together would be millions of objects, which garbage collection visits
         # again and again, while no other thread runs.
         choices = b",".join(to_json(self._choice(i, completion)) for i, completion in enumerate(completions))
@@ -57,11 +59,15 @@ class CompletionsFormat:
         return b'%b,"choices":[%b],"usage":%b}' % (to_json(self._head)[:-1], choices, usage)
 
     def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
+        tokens: Sequence[Token] = completion.tokens
+        if completion.prompt:  # with the prompt's log-probabilities, also end-of-text, which clients expect
+            self._text_offsets[index] = 0
+            tokens = [*completion.prompt, *tokens, *((completion.end,) if completion.end else ())]
         return {
             "index": index,
             **self._content(index, completion),
             "finish_reason": finish_reason(completion),
-            "logprobs": self._logprobs(index, self._scored_tokens(index, completion)),
+            "logprobs": self._logprobs(index, tokens),
             "mixlm": choice_extras(completion),
         }
 
@@ -134,10 +140,7 @@ class CompletionsFormat:
             "logprobs": logprobs,
             "mixlm": extras,
         }
-        chunk: dict[str, Any] = {**self._chunk_head, "choices": [choice]}
-        if self._request.include_usage:
-            chunk["usage"] = None
-        return server_sent_event(chunk)
+        return server_sent_event({**self._chunk_head, "choices": [choice]})
 
     def _content(self, index: int, completion: Completion) -> dict[str, Any]:
         if not self._is_chat:
@@ -150,24 +153,15 @@ class CompletionsFormat:
 
     def _echo(self, index: int) -> str:
         """Return the prompt that is repeated in front of a completion."""
-        return self._request.echo[index // self._request.n] if self._request.echo else ""
-
-    def _scored_tokens(self, index: int, completion: Completion) -> Sequence[Token]:
-        """Return the tokens in the log-probabilities; with a prompt's, also end-of-text, which clients expect."""
-        if not completion.prompt:
-            return completion.tokens
-        self._text_offsets[index] = 0
-        return [*completion.prompt, *completion.tokens, *((completion.end,) if completion.end else ())]
+        return str(self._request.prompts[index // self._request.n]) if self._request.echo else ""
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._request.logprobs:
             return None
         if self._is_chat:
             return {"content": [token_logprob(token) for token in tokens], "refusal": None}
-        offsets = []
-        for token in tokens:
-            offsets.append(self._text_offsets[index])
-            self._text_offsets[index] += len(token.text)
+        offsets = list(accumulate((len(token.text) for token in tokens), initial=self._text_offsets[index]))
+        self._text_offsets[index] = offsets.pop()
         return {
             "tokens": [_symbol_text(token.data) for token in tokens],
             "token_logprobs": [None if isnan(token.logprob) else _finite(token.logprob) for token in tokens],

@@ -6,13 +6,11 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from ipaddress import ip_address
 from math import ceil
@@ -81,10 +79,7 @@ class ListenAddress:
 def serve(app: ServerApp, listener: socket.socket, *, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT. The first lets generations finish, within the grace period; the second ends them.
 
-    Args:
-        app: The server to run.
-        listener: A bound socket.
-        on_ready: Called with the URL once requests are accepted.
+    on_ready: called with the URL once requests are accepted.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     GracefulServer(app, listener, on_ready=on_ready).run(sockets=[listener])
@@ -131,7 +126,10 @@ class GracefulServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop, within the grace period. The second signal cancels all generations; the third ends the process."""
+        """Stop, within the grace period. The second signal cancels all generations; the third ends the process.
+
+        uvicorn's own method would note the signal, and raise it again at the end: a stop by signal is no failure here.
+        """
         self._num_signals += 1
         self.should_exit = True
         if self._num_signals == 1:
@@ -142,19 +140,6 @@ class GracefulServer(uvicorn.Server):
             _exit_after(_EXIT_SECONDS)
         else:
             _exit_after(0)
-
-    @contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Handle signals while serving. A stop by signal is no failure: the exit code is 0."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread can handle signals
-            return
-        handlers = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 def _exit_after(seconds: float) -> None:

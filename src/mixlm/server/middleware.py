@@ -43,15 +43,9 @@ _SECURITY_HEADERS = {
 
 @dataclass(frozen=True)
 class RequestMiddleware:
-    """ASGI middleware around the application.
+    """ASGI middleware around the application, whose errors become responses.
 
-    Attributes:
-        app: The application. Errors that it raises become responses.
-        routes: The paths of the application; all others count as "other" in metrics and logs.
-        keys: The accepted API keys.
-        metrics: Where responses and errors are counted.
-        hosts: Names that a Host header may have; None for any.
-        tracer: Where requests are traced; None for no traces.
+    routes: other paths count as "other" in metrics and logs. hosts: names that a Host header may have; None for any.
     """
 
     app: ASGIApp
@@ -78,7 +72,7 @@ class RequestMiddleware:
             path=scope["path"] if scope["path"] in self.routes else "other",
             field_names=FIELD_NAMES.get(scope["path"], {}),
         )
-        scope["mixlm.record"] = record
+        scope.update({"mixlm.record": record, "app": self})  # without an app, the router answers unknown paths itself
         status = 0
 
         async def send_with_headers(message: Message) -> None:

@@ -45,9 +45,10 @@ class ServedModel:
         self.ensemble = ensemble
         self.created = int(time.time())
         self._conflict = vocabulary_conflict([member.engine.vocabulary for member in ensemble.members])
-        traits = {unit: unit_traits(unit) for unit in UNITS if unit != "auto"}
         self.units: dict[str, tuple[Method, ...]] = {
-            unit: can.methods for unit, can in traits.items() if not (can.shared_vocabulary and self._conflict)
+            unit: unit_traits(unit).methods
+            for unit in UNITS
+            if unit != "auto" and not (self._conflict and unit_traits(unit).shared_vocabulary)
         }
         rule = rule_name(ensemble.defaults.rule or "average")
         self.rule = ALIASES.get(rule, rule)

@@ -1,8 +1,4 @@
-"""The API as an OpenAPI 3.1 document, generated from the schemas of requests and responses.
-
-FastAPI would generate the document from the routes, but these descriptions of paths and errors would remain, and its
-validation errors would have to be replaced by OpenAI's.
-"""
+"""The API as an OpenAPI 3.1 document, generated from the schemas of requests and responses."""
 
 from __future__ import annotations
 

@@ -45,18 +45,10 @@ class FairThreads:
         return self._num_free < _NUM_THREADS
 
     async def run(self, client: str, function: Callable[[], Result], *, timeout: float | None = None) -> Result:
-        """Return a function's result.
+        """Return a function's result. Raises TimeoutError if the call, without the time in the queue, takes too long.
 
         A function cannot be interrupted: after a timeout or a cancellation it keeps its thread until it returns. It is
         not called at all if it was cancelled in the queue.
-
-        Args:
-            client: For whom it runs.
-            function: Called in a thread.
-            timeout: Seconds for the call, without the time in the queue; None for no limit.
-
-        Raises:
-            TimeoutError: The call takes longer.
         """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._queue.push(client, (function, timeout, future))
@@ -102,11 +94,7 @@ def _set_outcome(future: asyncio.Future[Any], result: Any, error: Exception | No
 
 
 class RequestPreparer:
-    """Prepares requests; clients take turns. Schemas have threads of their own: prompts do not wait for them.
-
-    Args:
-        limits: How much work a request may cause.
-    """
+    """Prepares requests; clients take turns. Schemas have threads of their own: prompts do not wait for them."""
 
     def __init__(self, limits: ServerLimits) -> None:
         self._limits = limits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from mixlm.server.api_errors import ApiError, to_api_error, unsupported_field
 from mixlm.server.chat_schemas import ChatBody
 from mixlm.server.json_encoding import to_json
 from mixlm.server.limits import ServerLimits
-from mixlm.server.model_registry import ModelRegistry, ServedModel
+from mixlm.server.model_registry import ServedModel
 from mixlm.server.request_schemas import EXTRA_OPTIONS, SHARED_OPTIONS, CommonFields, CompletionBody, Extras
 from mixlm.tokenization.tool_calls import tool_dict
 
@@ -26,19 +26,14 @@ _EXTRA_OPTIONS = tuple(name for name in EXTRA_OPTIONS if name not in ("method", 
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A checked request: `n` completions of each prompt.
+    """A checked request: `n` completions of each prompt, numbered prompt by prompt.
 
     Attributes:
-        kind: Of the endpoint: "chat" or "text".
-        model: The served model.
-        ensemble: Its ensemble, in the unit and with the weights of the request.
-        prompts: What is completed.
+        ensemble: The model's, in the unit and with the weights of the request.
         settings: Of all completions.
-        n: Completions for each prompt; they are numbered prompt by prompt.
-        stream: Whether the response is a stream of events.
         include_usage: Whether a stream ends with the usage.
         logprobs: Whether tokens are returned with their log-probabilities.
-        echo: The prompts, if they are repeated in front of the completions.
+        echo: Whether the prompts are repeated in front of the completions.
     """
 
     kind: Literal["chat", "text"]
@@ -50,7 +45,7 @@ class ParsedRequest:
     stream: bool
     include_usage: bool
     logprobs: bool
-    echo: Sequence[str]
+    echo: bool
 
     @property
     def num_completions(self) -> int:
@@ -63,24 +58,51 @@ class ParsedRequest:
         return [tool.name for tool in self.settings.callable_tools]
 
 
-def parse_request(body: ChatBody | CompletionBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
+def parse_request(body: ChatBody | CompletionBody, model: ServedModel, limits: ServerLimits) -> ParsedRequest:
     """Return the request of a body. Raises ApiError or MixlmError."""
-    if isinstance(body, ChatBody):
-        return _parse_chat(body, registry, limits)
-    return _parse_completion(body, registry, limits)
+    is_chat = isinstance(body, ChatBody)
+    prompts, options = _chat(body, model, limits) if isinstance(body, ChatBody) else _text(body, limits)
+    count = len(prompts) * (body.n or 1)
+    if count > limits.capacity:
+        message = f"the request needs {count} completions; one request may need {limits.capacity}"
+        param = "prompt" if len(prompts) > limits.capacity else "n"
+        raise ApiError(400, message, param=param, code="too_many_completions")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options go with stream", param="stream_options", code="invalid_value")
+    extras = body.mixlm or Extras()
+    ensemble = model.with_unit(extras.unit)
+    if extras.weights is not None:
+        try:
+            ensemble = ensemble.with_weights(extras.weights)
+        except ConfigError as error:
+            raise ApiError(400, to_api_error(error).message, param="mixlm.weights", code="invalid_value") from None
+    settings = ensemble.settings(**_options(body, extras, ensemble, options))
+    _check_unit(body, extras, settings, ensemble.unit.name)
+    return ParsedRequest(
+        kind="chat" if is_chat else "text",
+        model=model,
+        ensemble=ensemble,
+        prompts=prompts,
+        settings=settings,
+        n=body.n or 1,
+        stream=bool(body.stream),
+        include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+        logprobs=bool(body.logprobs) if is_chat else body.logprobs is not None,
+        echo=isinstance(body, CompletionBody) and bool(body.echo),
+    )
 
 
-def _parse_chat(body: ChatBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
+def _chat(body: ChatBody, model: ServedModel, limits: ServerLimits) -> tuple[Sequence[Prompt], dict[str, Any]]:
+    """Return the conversation, and the options that only conversations have."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise ApiError(400, "max_tokens and max_completion_tokens differ", param="max_tokens", code="invalid_value")
-    _check_count(body, 1, limits)
     messages = [message.message() for message in body.messages]
     calls = [call.arguments for message in messages for call in message.tool_calls]
     check_length(sum(map(len, [*(message.content for message in messages), *calls])), "messages", limits)
     options: dict[str, Any] = {
         "top_logprobs": body.top_logprobs or 0,
         **_tool_options(body, limits),
-        "chat_template_kwargs": _template_variables(body, registry.get(body.model).ensemble),
+        "chat_template_kwargs": _template_variables(body, model.ensemble),
         "continue_final_message": bool(body.continue_final_message),
         "add_generation_prompt": body.add_generation_prompt is not False,
     }
@@ -88,7 +110,7 @@ def _parse_chat(body: ChatBody, registry: ModelRegistry, limits: ServerLimits) -
         options["max_tokens"] = body.max_completion_tokens
     if any(message.role == "system" for message in messages):
         options["system"] = None  # the request's system message replaces the ensemble's
-    return _parse(body, registry, [messages], options, logprobs=bool(body.logprobs))
+    return [messages], options
 
 
 def _tool_options(body: ChatBody, limits: ServerLimits) -> dict[str, Any]:
@@ -127,59 +149,17 @@ def _template_variables(body: ChatBody, ensemble: Ensemble) -> dict[str, Any]:
     return variables
 
 
-def _parse_completion(body: CompletionBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
+def _text(body: CompletionBody, limits: ServerLimits) -> tuple[Sequence[Prompt], dict[str, Any]]:
+    """Return the prompts, and the options that only texts have."""
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    _check_count(body, len(prompts), limits)
     for prompt in prompts:
         check_length(len(prompt), "prompt", limits)
-    options = {
-        "raw": True,
-        "system": None,
-        "top_logprobs": body.logprobs or 0,
-        "score_prompt": bool(body.echo) and body.logprobs is not None,
-    }
-    echo = prompts if body.echo else ()
-    return _parse(body, registry, prompts, options, logprobs=body.logprobs is not None, echo=echo)
+    scores = bool(body.echo) and body.logprobs is not None
+    return prompts, {"raw": True, "system": None, "top_logprobs": body.logprobs or 0, "score_prompt": scores}
 
 
-def _parse(
-    body: CommonFields,
-    registry: ModelRegistry,
-    prompts: Sequence[Prompt],
-    options: Mapping[str, Any],
-    *,
-    logprobs: bool,
-    echo: Sequence[str] = (),
-) -> ParsedRequest:
-    model = registry.get(body.model)
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options go with stream", param="stream_options", code="invalid_value")
-    extras = body.mixlm or Extras()
-    ensemble = model.with_unit(extras.unit)
-    if extras.weights is not None:
-        try:
-            ensemble = ensemble.with_weights(extras.weights)
-        except ConfigError as error:
-            raise ApiError(400, to_api_error(error).message, param="mixlm.weights", code="invalid_value") from None
-    settings = ensemble.settings(**_options(body, extras, ensemble, options))
-    _check_unit(body, extras, settings, ensemble.unit.name)
-    return ParsedRequest(
-        kind="chat" if isinstance(body, ChatBody) else "text",
-        model=model,
-        ensemble=ensemble,
-        prompts=prompts,
-        settings=settings,
-        n=body.n or 1,
-        stream=bool(body.stream),
-        include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
-        logprobs=logprobs,
-        echo=echo,
-    )
-
-
-def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: Mapping[str, Any]) -> Any:
-    """Return the options of a request that `Ensemble.settings` lays over the ensemble's defaults."""
-    options = dict(options)
+def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: dict[str, Any]) -> dict[str, Any]:
+    """Add to options those of every request; `Ensemble.settings` lays them over the ensemble's defaults."""
     for source, names in ((body, (*_OPTIONS, *SHARED_OPTIONS)), (extras, _EXTRA_OPTIONS)):
         options |= {name: value for name in names if (value := getattr(source, name)) is not None}
     if "stop" in options:  # an empty text ends nothing
@@ -222,15 +202,6 @@ def _check_unit(body: CommonFields, extras: Extras, settings: GenerationOptions,
         else:
             refusal.param = "mixlm.unit" if extras.method is None else "mixlm.method"
         raise refusal from None
-
-
-def _check_count(body: CommonFields, num_prompts: int, limits: ServerLimits) -> None:
-    """Raise ApiError for more completions than there are places, before any is made."""
-    count = num_prompts * (body.n or 1)
-    if count > limits.capacity:
-        message = f"the request needs {count} completions; one request may need {limits.capacity}"
-        param = "prompt" if num_prompts > limits.capacity else "n"
-        raise ApiError(400, message, param=param, code="too_many_completions")
 
 
 def check_length(characters: int, field: str, limits: ServerLimits) -> None:

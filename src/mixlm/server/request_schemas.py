@@ -5,7 +5,6 @@ The fields under `mixlm` are built from the table of options; those of OpenAI's 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
@@ -15,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    Json,
     StringConstraints,
     ValidationError,
     create_model,
@@ -102,31 +102,24 @@ class StrictBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _normalize(cls, fields: Any) -> Any:
-        """Remove known fields that are null or ignored; make integers of numbers such as 8.0 where they are meant."""
+        """Remove fields that request nothing, and refuse those that request what is not supported.
+
+        Numbers such as 8.0 become integers where these are meant.
+        """
         if not isinstance(fields, dict):
             return fields
         _refuse_many(fields)
+        for name, (allowed, why) in cls.neutral.items():
+            # Equal values of another type, as 1 and True are, mean something else.
+            value = fields.get(name)
+            if value is not None and (type(value), value) not in [(type(one), one) for one in allowed]:
+                raise unsupported_field(name, why)
         known = _known_fields(cls)
         return {
             name: int(value) if type(value) is float and value.is_integer() and known.get(name) else value
             for name, value in fields.items()
-            if name not in cls.ignored and not (value is None and name in known)
+            if name not in cls.ignored and name not in cls.neutral and not (value is None and name in known)
         }
-
-    @model_validator(mode="before")
-    @classmethod
-    def _remove_neutral(cls, fields: Any) -> Any:
-        """Remove fields that request nothing, and refuse those that request what is not supported."""
-        if not isinstance(fields, dict) or not cls.neutral:
-            return fields
-        for name in (name for name in fields if name in cls.neutral):
-            allowed, why = cls.neutral[name]
-            # Equal values of another type, as 1 and True are, mean something else.
-            if fields[name] is not None and (type(fields[name]), fields[name]) not in [
-                (type(value), value) for value in allowed
-            ]:
-                raise unsupported_field(name, why)
-        return {name: value for name, value in fields.items() if name not in cls.neutral}
 
 
 def with_content(fields: Any) -> Any:
@@ -139,23 +132,16 @@ def with_content(fields: Any) -> Any:
 @cache
 def _known_fields(model: type[BaseModel]) -> Mapping[str, bool]:
     """Return the names of a body's fields, with whether their numbers are integers."""
-    return {info.alias or name: _is_integer(info.annotation) for name, info in model.model_fields.items()}
-
-
-def _is_integer(annotation: Any) -> bool:
-    """Whether a field's numbers are integers."""
-    types = {annotation, *get_args(annotation)}
-    return int in types and float not in types
+    fields = {info.alias or name: info.annotation for name, info in model.model_fields.items()}
+    types = {name: {annotation, *get_args(annotation)} for name, annotation in fields.items()}
+    return {name: int in kinds and float not in kinds for name, kinds in types.items()}
 
 
 def _option(name: str, **limits: Any) -> Any:
     """Return the field of an entry of the table of options. limits: of the API, in place of the table's bounds."""
-    bounds = limits or OPTIONS[name].bounds
-    return Field(default=None, description=_sentence(OPTIONS[name].help), **bounds)
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith(".") else f"{text[0].upper()}{text[1:]}."
+    text = OPTIONS[name].help
+    description = text if text.endswith(".") else f"{text[0].upper()}{text[1:]}."
+    return Field(default=None, description=description, **(limits or OPTIONS[name].bounds))
 
 
 class _Extras(StrictBody):
@@ -261,7 +247,7 @@ class CommonFields(StrictBody):
     top_k: int | None = Field(default=None, ge=-1, le=2**31, description="As in vLLM; -1 and 0 keep all tokens.")
     min_p: float | None = _option("min_p")
     repetition_penalty: float | None = _option("repetition_penalty", **_EXTRA_LIMITS["repetition_penalty"])
-    guided_json: dict[str, Any] | str | None = Field(
+    guided_json: dict[str, Any] | Json[dict[str, Any]] | None = Field(
         default=None, description="A JSON schema, or its text; another name for response_format."
     )
     mixlm: Extras | None = None
@@ -269,24 +255,11 @@ class CommonFields(StrictBody):
     @property
     def completion_schema(self) -> Mapping[str, Any] | None:
         """The JSON schema that the completion must match, if there is one."""
-        if isinstance(self.guided_json, dict):
+        if self.guided_json is not None:
             return self.guided_json
         if isinstance(self.response_format, JsonSchema):
             return self.response_format.json_schema.of
         return {"type": "object"} if isinstance(self.response_format, JsonObject) else None
-
-    @field_validator("guided_json")
-    @classmethod
-    def _read_schema(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
-        if not isinstance(value, str):
-            return value
-        try:
-            schema = json.loads(value)
-        except (ValueError, RecursionError):
-            schema = None
-        if not isinstance(schema, dict):
-            raise ValueError("it must be a JSON schema, or its text")
-        return schema
 
     @model_validator(mode="after")
     def _check_twice(self) -> CommonFields:

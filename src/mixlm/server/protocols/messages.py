@@ -19,13 +19,7 @@ _ERROR_TYPES = {413: "request_too_large", 500: "api_error", 503: "overloaded_err
 
 
 class MessagesFormat(CompletionsFormat):
-    """Builds the response to one request, which has one completion.
-
-    Args:
-        body: The request.
-        request: The request as a chat completion.
-        request_id: Becomes part of all ids.
-    """
+    """Builds the response to one request, which has one completion."""
 
     def __init__(self, body: MessagesBody, request: ParsedRequest, request_id: str) -> None:
         super().__init__(request, request_id)

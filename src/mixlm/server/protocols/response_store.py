@@ -30,11 +30,7 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The newest responses, by their ids. It is thread-safe: large responses are built in threads.
-
-    Args:
-        max_bytes: Most bytes of all responses and conversations, as JSON; the oldest are dropped.
-    """
+    """The newest responses, by their ids: at most `max_bytes` of them, as JSON. Its methods are thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes

@@ -23,12 +23,8 @@ Events = Iterator[dict[str, Any]]
 class ResponsesFormat(CompletionsFormat):
     """Builds the response to one request, which has one completion.
 
-    Args:
-        body: The request.
-        earlier: Messages of the conversation that goes on.
-        store: Takes the response and the messages of the conversation, if they are to be kept.
-        request: The request as a chat completion.
-        request_id: Becomes part of all ids but the response's.
+    earlier: messages of the conversation that goes on. store: takes the response and the messages of the conversation,
+    if they are to be kept.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ export async function call(path, body, signal) {
 
 export const getJson = async (path) => (await call(path)).json();
 
-export const postJson = async (path, body, signal) => (await call(path, body, signal)).json();
+export const postJson = async (path, body) => (await call(path, body)).json();
 
 // Yields the events of a stream. Throws an Error if it breaks off: a complete stream ends with [DONE].
 export async function* stream(path, body, signal) {

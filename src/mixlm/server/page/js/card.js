@@ -1,7 +1,7 @@
 // The card of one token: what else could have stood there. It follows the pointer; a click, a tap or Enter opens it,
 // and then one can go on from each of its tokens.
 
-import { $, element, percent } from "./dom.js";
+import { $, button, element, percent } from "./dom.js";
 import { END_OF_TEXT } from "./generate.js";
 import { colourOf } from "./completion.js";
 
@@ -18,6 +18,10 @@ export const card = {
     $("#card").classList.remove("open");
   },
 
+  hidePreview() {
+    if (!this.isOpen) this.hide();
+  },
+
   // view: of the completion. Shown beside the token, without anything to press.
   preview(view, index) {
     if (!this.isOpen) this.place(view, index, rows(view, view.completion.tokens[index]));
@@ -29,27 +33,16 @@ export const card = {
     const token = completion.tokens[index];
     const go = (text, logprob) => this.close(() => writer.branch(completion, index, text, logprob));
     const answers = element("div", { className: "answers" });
-    const ask = element(
-      "button",
-      { type: "button", className: "wide", onclick: () => this.ask(view, index, writer, answers, ask, go) },
-      "What would each member have said?",
-    );
-    const others = [null, ...(members.length > 1 ? members : [])].map((member) =>
-      element(
-        "button",
-        {
-          type: "button",
-          className: member === null ? "" : colourOf(members, member),
-          onclick: () => this.close(() => writer.writeOn(completion, index, member)),
-        },
-        member === null ? "the same settings" : `${member} alone`,
+    const asked = () => this.ask(view, index, writer, answers, ask, go);
+    const ask = button("What would each member have said?", asked, { className: "wide" });
+    const writeOn = (member) => this.close(() => writer.writeOn(completion, index, member));
+    const others = [
+      button("the same settings", () => writeOn(null)),
+      ...(members.length > 1 ? members : []).map((member) =>
+        button(`${member} alone`, () => writeOn(member), { className: colourOf(members, member) }),
       ),
-    );
-    const close = element(
-      "button",
-      { type: "button", className: "quiet close", "aria-label": "Close", onclick: () => this.close() },
-      "×",
-    );
+    ];
+    const close = button("×", () => this.close(), { className: "quiet close", "aria-label": "Close" });
     $("#card").classList.add("open");
     this.view = view;
     this.place(view, index, [
@@ -62,8 +55,8 @@ export const card = {
     ]);
   },
 
-  async ask(view, index, writer, answers, button, go) {
-    button.disabled = true;
+  async ask(view, index, writer, answers, pressed, go) {
+    pressed.disabled = true;
     answers.replaceChildren(element("p", { className: "faint" }, "Asking…"));
     try {
       const said = await writer.nextTokens(view.completion, index);
@@ -77,10 +70,10 @@ export const card = {
           ),
         ),
       );
-      button.hidden = true;
+      pressed.hidden = true;
     } catch (error) {
       answers.replaceChildren(element("p", { className: "bad" }, error.message));
-      button.disabled = false;
+      pressed.disabled = false;
     }
     if (answers.isConnected) this.position(view.span(index));
   },
@@ -147,11 +140,7 @@ function list(top, sampled, go) {
       const isText = text !== END_OF_TEXT && !text.startsWith("bytes:");
       const entry =
         go && isText && text !== sampled
-          ? element(
-              "button",
-              { type: "button", title: "Write on from this token", onclick: () => go(text, logprob) },
-              ...words,
-            )
+          ? button(words, () => go(text, logprob), { title: "Write on from this token" })
           : element("div", {}, ...words);
       entry.style.setProperty("--share", probability);
       return element("li", { className: text === sampled ? "sampled" : "" }, entry);

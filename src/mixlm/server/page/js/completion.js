@@ -1,6 +1,6 @@
 // One completion on the page: its text, read as Markdown or token by token, the timeline and what it cost.
 
-import { $, copyButton, element, icon, iconButton, percent, plural, svg } from "./dom.js";
+import { $, button, copyButton, element, icon, iconButton, percent, plural, svg } from "./dom.js";
 import { UNLIKELY } from "./generate.js";
 import { renderMarkdown } from "./markdown.js";
 
@@ -75,7 +75,7 @@ export class CompletionView {
     if (completion.error)
       this.error.replaceChildren(
         element("p", {}, completion.error),
-        element("button", { type: "button", onclick: () => this.writer.regenerate(completion) }, "Try again"),
+        button("Try again", () => this.writer.regenerate(completion)),
       );
     if (completion.finish && !this.writer.isBusy()) this.showButtons();
     else this.buttons.replaceChildren();
@@ -88,14 +88,7 @@ export class CompletionView {
       iconButton("retry", "Write it again", () => writer.regenerate(completion)),
     ];
     if (completion.text && completion.finish !== "stop")
-      buttons.push(
-        element(
-          "button",
-          { type: "button", className: "quiet", onclick: () => writer.goOn(completion) },
-          icon("next"),
-          "Go on",
-        ),
-      );
+      buttons.push(button([icon("next"), "Go on"], () => writer.goOn(completion), { className: "quiet" }));
     if (this.isPaired) {
       buttons.push(
         element(

@@ -1,6 +1,6 @@
 // Where a question is written.
 
-import { $ } from "./dom.js";
+import { $, onKeys } from "./dom.js";
 
 export class Composer {
   // writer: send(text), stop(), isBusy().
@@ -8,12 +8,7 @@ export class Composer {
     this.writer = writer;
     this.input = $("#prompt");
     this.input.addEventListener("input", () => this.grow());
-    this.input.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-        event.preventDefault();
-        this.submit();
-      }
-    });
+    onKeys(this.input, { enter: () => this.submit() });
     $("#ask").addEventListener("submit", (event) => {
       event.preventDefault();
       this.submit();

@@ -46,13 +46,33 @@ export function icon(name) {
   return picture;
 }
 
+// content: a text, or several children.
+export const button = (content, onclick, properties = {}) =>
+  element("button", { type: "button", onclick, ...properties }, ...[content].flat());
+
 // A button of one icon. Its label is read aloud, and shown when the pointer rests on it.
-export function iconButton(name, label, onclick, properties = {}) {
-  return element(
-    "button",
-    { type: "button", className: "quiet", "aria-label": label, title: label, onclick, ...properties },
-    icon(name),
-  );
+export const iconButton = (name, label, onclick, properties = {}) =>
+  button(icon(name), onclick, { className: "quiet", "aria-label": label, title: label, ...properties });
+
+// A form that does not leave the page.
+export function form(send, properties, ...children) {
+  const onsubmit = (event) => {
+    event.preventDefault();
+    send();
+  };
+  return element("form", { ...properties, onsubmit }, ...children);
+}
+
+// Enter sends what a text area holds, and Shift with Enter begins a line. Escape: what it does instead.
+export function onKeys(input, { enter, escape }) {
+  input.addEventListener("keydown", (event) => {
+    const isEnter = enter && event.key === "Enter" && !event.shiftKey && !event.isComposing;
+    const act = isEnter ? enter : event.key === "Escape" ? escape : null;
+    if (!act) return;
+    event.preventDefault();
+    event.stopPropagation();
+    act();
+  });
 }
 
 export const percent = (share) =>
@@ -75,11 +95,11 @@ export async function copyText(text) {
 }
 
 export function copyButton(label, text) {
-  const button = iconButton("copy", label, async () => {
+  const copy = iconButton("copy", label, async () => {
     await copyText(text());
-    button.replaceChildren(icon("done"));
+    copy.replaceChildren(icon("done"));
     announce("Copied.");
-    setTimeout(() => button.replaceChildren(icon("copy")), 1500);
+    setTimeout(() => copy.replaceChildren(icon("copy")), 1500);
   });
-  return button;
+  return copy;
 }

@@ -5,7 +5,7 @@ import { card } from "./card.js";
 import { shares } from "./completion.js";
 import { Composer } from "./composer.js";
 import { Conversation } from "./conversation.js";
-import { $, announce, element, icon, percent, plural } from "./dom.js";
+import { $, announce, button, element, icon, percent, plural } from "./dom.js";
 import { exportJson, exportMarkdown } from "./export.js";
 import { askForKey } from "./key.js";
 import { panels } from "./panels.js";
@@ -275,7 +275,7 @@ function inWords(completion) {
 }
 
 new App().start().catch((error) => {
-  const again = element("button", { type: "button", onclick: () => location.reload() }, "Try again");
+  const again = button("Try again", () => location.reload());
   $("#thread").replaceChildren(
     element("div", { className: "error", role: "alert" }, element("p", {}, error.message), again),
   );

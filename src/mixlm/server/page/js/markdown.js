@@ -17,34 +17,9 @@ const parser = new Marked({
 });
 
 const RULES = {
-  ALLOWED_TAGS: [
-    "p",
-    "br",
-    "hr",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "strong",
-    "em",
-    "del",
-    "code",
-    "pre",
-    "blockquote",
-    "ul",
-    "ol",
-    "li",
-    "a",
-    "table",
-    "thead",
-    "tbody",
-    "tr",
-    "th",
-    "td",
-    "input",
-  ],
+  ALLOWED_TAGS: (
+    "p br hr h1 h2 h3 h4 h5 h6 strong em del code pre blockquote ul ol li a table thead tbody tr th td input"
+  ).split(" "),
   ALLOWED_ATTR: ["href", "title", "align", "start", "class", "type", "checked", "disabled"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i, // the values of all attributes but these are taken for addresses
   ADD_URI_SAFE_ATTR: ["align", "start", "type", "checked", "disabled"],

@@ -1,6 +1,6 @@
 // The list of conversations.
 
-import { $, element, iconButton } from "./dom.js";
+import { $, button, element, form, iconButton, onKeys } from "./dom.js";
 
 export class Sidebar {
   // actions: open(id), rename(id, title), remove(id).
@@ -16,17 +16,11 @@ export class Sidebar {
 
   item(head, isCurrent) {
     const { actions } = this;
-    const open = element(
-      "button",
-      {
-        type: "button",
-        className: "open",
-        title: new Date(head.updated).toLocaleString(),
-        "aria-current": isCurrent ? "true" : null,
-        onclick: () => actions.open(head.id),
-      },
-      head.title,
-    );
+    const open = button(head.title, () => actions.open(head.id), {
+      className: "open",
+      title: new Date(head.updated).toLocaleString(),
+      "aria-current": isCurrent ? "true" : null,
+    });
     const item = element(
       "li",
       { className: isCurrent ? "current" : "" },
@@ -39,16 +33,6 @@ export class Sidebar {
 
   rename(head, item) {
     const input = element("input", { type: "text", value: head.title, maxLength: 200, "aria-label": "Title" });
-    const form = element(
-      "form",
-      {
-        onsubmit: (event) => {
-          event.preventDefault();
-          finish();
-        },
-      },
-      input,
-    );
     let over = false;
     const finish = (keep = true) => {
       if (over) return;
@@ -56,27 +40,14 @@ export class Sidebar {
       this.actions.rename(head.id, (keep && input.value.trim()) || head.title);
     };
     input.addEventListener("blur", () => finish());
-    input.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") {
-        event.stopPropagation();
-        finish(false);
-      }
-    });
-    item.replaceChildren(form);
+    onKeys(input, { escape: () => finish(false) });
+    item.replaceChildren(form(() => finish(), {}, input));
     input.select();
   }
 
   confirm(head, item) {
-    const remove = element(
-      "button",
-      { type: "button", className: "danger", onclick: () => this.actions.remove(head.id) },
-      "Delete",
-    );
-    const keep = element(
-      "button",
-      { type: "button", onclick: () => item.replaceWith(this.item(head, item.classList.contains("current"))) },
-      "Keep",
-    );
+    const remove = button("Delete", () => this.actions.remove(head.id), { className: "danger" });
+    const keep = button("Keep", () => item.replaceWith(this.item(head, item.classList.contains("current"))));
     item.replaceChildren(element("span", { className: "faint" }, "Delete it?"), remove, keep);
     remove.focus();
   }

@@ -1,6 +1,6 @@
 // The conversation on the page: its turns, and pointing at tokens.
 
-import { $, copyButton, element, iconButton, percent } from "./dom.js";
+import { $, button, copyButton, element, form, iconButton, onKeys, percent } from "./dom.js";
 import { card, inWords } from "./card.js";
 import { CompletionView, colourOf } from "./completion.js";
 
@@ -63,12 +63,7 @@ export class Thread {
         "div",
         { className: "examples" },
         ...EXAMPLES.map(([title, text]) =>
-          element(
-            "button",
-            { type: "button", onclick: () => this.writer.send(text) },
-            element("b", {}, title),
-            element("span", {}, text),
-          ),
+          button([element("b", {}, title), element("span", {}, text)], () => this.writer.send(text)),
         ),
       ),
       model ? null : element("p", { className: "error" }, "This server has no ensemble."),
@@ -119,34 +114,15 @@ export class Thread {
       "aria-label": "Edited question",
     });
     const cancel = () => this.refresh();
-    const form = element(
-      "form",
-      {
-        className: "edit",
-        onsubmit: (event) => {
-          event.preventDefault();
-          if (input.value.trim()) this.writer.edit(user, input.value);
-        },
-      },
-      input,
-      element(
-        "div",
-        { className: "buttons" },
-        element("button", { type: "button", onclick: cancel }, "Cancel"),
-        element("button", { type: "submit", className: "primary" }, "Send"),
-      ),
+    const send = () => input.value.trim() && this.writer.edit(user, input.value);
+    const buttons = element(
+      "div",
+      { className: "buttons" },
+      button("Cancel", cancel),
+      element("button", { type: "submit", className: "primary" }, "Send"),
     );
-    input.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") {
-        event.stopPropagation();
-        cancel();
-      }
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-        event.preventDefault();
-        form.requestSubmit();
-      }
-    });
-    box.replaceChildren(form);
+    onKeys(input, { enter: send, escape: cancel });
+    box.replaceChildren(form(send, { className: "edit" }, input, buttons));
     input.focus();
   }
 
@@ -198,10 +174,10 @@ export class Thread {
     root.addEventListener("pointerover", (event) => {
       const { view, index } = this.at(event.target);
       if (view && event.pointerType === "mouse") this.preview(view, index);
-      else if (!card.isOpen && event.pointerType === "mouse") card.hide();
+      else if (event.pointerType === "mouse") card.hidePreview();
     });
     root.addEventListener("pointerleave", (event) => {
-      if (event.pointerType === "mouse" && !card.isOpen) card.hide();
+      if (event.pointerType === "mouse") card.hidePreview();
     });
     root.addEventListener("click", (event) => {
       const { view, index } = this.at(event.target);
@@ -211,9 +187,7 @@ export class Thread {
       const { view } = this.around(event.target);
       if (view && event.target.matches(".who:focus-visible")) this.preview(view, view.current);
     });
-    root.addEventListener("focusout", () => {
-      if (!card.isOpen) card.hide();
-    });
+    root.addEventListener("focusout", () => card.hidePreview());
     root.addEventListener("keydown", (event) => {
       const { view } = this.around(event.target);
       if (!view?.completion.tokens.length || !event.target.matches(".who")) return;
@@ -230,13 +204,7 @@ export class Thread {
     document.addEventListener("pointerdown", (event) => {
       if (card.isOpen && !event.target.closest("#card") && !this.at(event.target).view) card.hide();
     });
-    this.scroller.addEventListener(
-      "scroll",
-      () => {
-        if (!card.isOpen) card.hide();
-      },
-      { passive: true },
-    );
+    this.scroller.addEventListener("scroll", () => card.hidePreview(), { passive: true });
   }
 
   around(target) {

@@ -38,27 +38,28 @@ class ChunkSizes:
         """Whether a call without chunks is due, to learn what a decode step takes by now."""
         return self.chunked_calls >= _MAX_CHUNKED_CALLS
 
-    def record_decode(self, seconds: float) -> None:
-        """Learn from a call without prefills."""
-        usual = self.decode_seconds or seconds
-        weight = 0.5 if self.chunked_calls else 0.2
-        self.decode_seconds = usual + weight * (min(seconds, 2 * usual) - usual)  # a hiccup counts little
-        self.chunked_calls = 0
+    def record(self, seconds: float, prompt_tokens: int, chunk: int, *, alone: bool) -> None:
+        """Learn from a call: a larger chunk where one added little, a smaller one where it added much.
 
-    def record_chunk(self, chunk: int, share: float, seconds: float, *, alone: bool) -> None:
-        """Learn from a call with a chunk: a larger one where it added little, a smaller one where it added much.
+        Short prompts, or one that runs as a whole, show nothing.
 
         Args:
-            chunk: Its tokens.
-            share: Its share of the tokens of prompts in the call.
             seconds: Time of the call.
+            prompt_tokens: How many tokens of prompts it ran.
+            chunk: How many of them are a chunk of a long one, 0 for none.
             alone: Whether nothing else was generated.
         """
-        if alone:
-            self.alone = _adapted(chunk, share * seconds, _SECONDS_ALONE)
-        elif self.decode_seconds is not None:
+        if not prompt_tokens:
+            usual = self.decode_seconds or seconds
+            weight = 0.5 if self.chunked_calls else 0.2
+            self.decode_seconds = usual + weight * (min(seconds, 2 * usual) - usual)  # a hiccup counts little
+            self.chunked_calls = 0
+        elif chunk and alone:
+            self.alone = _adapted(chunk, seconds * chunk / prompt_tokens, _SECONDS_ALONE)
+        elif chunk and self.decode_seconds is not None:
             self.chunked_calls += 1
-            self.beside = _adapted(chunk, share * (seconds - self.decode_seconds), _SHARE * self.decode_seconds)
+            added = (seconds - self.decode_seconds) * chunk / prompt_tokens
+            self.beside = _adapted(chunk, added, _SHARE * self.decode_seconds)
 
 
 def _adapted(chunk: int, added: float, limit: float) -> int:

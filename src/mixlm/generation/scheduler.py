@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
@@ -31,7 +32,7 @@ import numpy as np
 
 from mixlm.engines.base import Engine
 from mixlm.engines.requests import GenerateRequest, LogitsRequest, Response, ScoreRequest
-from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
+from mixlm.errors import EngineError, MixlmError
 from mixlm.generation.chunks import ChunkSizes
 from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, MemberError, to_mixlm_error
 from mixlm.generation.generation import Generation
@@ -89,14 +90,6 @@ class _EngineQueue:
     requests: list[_QueuedRequest] = field(default_factory=list)
     since: int = 0
     chunks: ChunkSizes = field(default_factory=ChunkSizes)
-
-    def record(self, batch: _Batch, seconds: float) -> None:
-        """Learn from the time of a call; short prompts, or one that runs as a whole, show nothing."""
-        if not batch.prefill_tokens:
-            self.chunks.record_decode(seconds)
-        elif batch.chunk:
-            share = batch.chunk / batch.prefill_tokens
-            self.chunks.record_chunk(batch.chunk, share, seconds, alone=batch.alone)
 
 
 class _Batch(NamedTuple):
@@ -220,10 +213,12 @@ class Scheduler:
         self._call_engines()
         for future in self._wait():
             queue, batch, call, start = self._running.pop(future)
-            queue.record(batch, time.perf_counter() - start)
+            queue.chunks.record(time.perf_counter() - start, batch.prefill_tokens, batch.chunk, alone=batch.alone)
             for queued, response in zip(batch.requests, call.responses(), strict=True):
+                if queued.waiting.generation.finished or queued.waiting.void:
+                    continue  # failed or cancelled meanwhile
                 if queued.rest is not None and not isinstance(response, MixlmError):
-                    self._requeue(queue, queued.rest)
+                    queue.requests.append(queued.rest)  # what is left after a chunk
                 elif self._deliver(queued, response):
                     advanced.append(queued.waiting.generation)
             queue.since = self._calls
@@ -235,40 +230,19 @@ class Scheduler:
     def _deliver(self, queued: _QueuedRequest, response: Response | MixlmError) -> bool:
         """Hand a response to its generation. Returns whether that advanced or ended."""
         waiting, generation = queued.waiting, queued.waiting.generation
-        if generation.finished or waiting.void:
-            return False  # failed or cancelled meanwhile
-        if isinstance(response, EngineError):
-            self._continue_without(waiting, MemberError(queued.addressed.request.member, response))
-            return True
         if isinstance(response, MixlmError):
-            generation.fail(response)
-            self._end(generation)
+            waiting.void = True
+            self._take_requests(generation)
+            if isinstance(response, EngineError):
+                response = MemberError(queued.addressed.request.member, response)
+            self._advance(generation, response)
             return True
         waiting.responses[queued.place] = response
         waiting.missing -= 1
-        if waiting.missing == 0:
-            self._advance(generation, waiting.responses)
-            return True
-        return False
-
-    def _requeue(self, queue: _EngineQueue, queued: _QueuedRequest) -> None:
-        """Queue what is left of a request after a chunk of it has run."""
-        if not queued.waiting.generation.finished and not queued.waiting.void:
-            queue.requests.append(queued)
-
-    def _continue_without(self, waiting: _Waiting, error: MemberError) -> None:
-        """Let a generation continue without the member that failed, if it may: its requests are void."""
-        try:
-            waiting.generation.continue_without(error)
-        except Exception as raised:  # also of a user's router: it ends this generation alone
-            if not isinstance(raised, GenerationInterruptedError):
-                waiting.generation.fail(to_mixlm_error(raised))
-            self._end(waiting.generation)
-            return
-        waiting.void = True
-        for queue in self._queues.values():
-            queue.requests = [queued for queued in queue.requests if queued.waiting is not waiting]
-        self._advance(waiting.generation, None)
+        if waiting.missing:
+            return False
+        self._advance(generation, waiting.responses)
+        return True
 
     def _admit(self) -> list[Generation]:
         """Begin generations while there are slots. Returns those that ended at once."""
@@ -286,12 +260,16 @@ class Scheduler:
                 ended.append(generation)
         return ended
 
-    def _advance(self, generation: Generation, responses: list[Response] | None) -> None:
-        """Let a generation continue, and queue its next requests."""
+    def _advance(self, generation: Generation, outcome: list[Response] | MixlmError | None) -> None:
+        """Let a generation continue with responses, or without the member that failed; and queue its next requests."""
         try:
-            if responses is not None:
+            if isinstance(outcome, MemberError):
+                generation.continue_without(outcome)
+            elif isinstance(outcome, MixlmError):
+                raise outcome
+            elif outcome is not None:
                 self._new.discard(generation)
-                generation.resume(responses)
+                generation.resume(outcome)
             requests = generation.requests()
         except Exception as error:  # also of a user's router: it ends this generation alone
             generation.fail(to_mixlm_error(error))
@@ -348,7 +326,7 @@ class Scheduler:
             self._last_chunked[device] = queue if batch.chunk else None
             for queued in batch.requests:
                 if queued.rest is not None or _is_prefill(queued) or queued.waiting.generation in self._new:
-                    self._last_prefills[self._client(queued)] = self._calls
+                    self._last_prefills[self._clients[queued.waiting.generation]] = self._calls
             self._calls += 1
             self._call(queue, batch)
 
@@ -358,7 +336,12 @@ class Scheduler:
         if self._calls - oldest.since >= _MAX_SKIPPED_CALLS:
             return oldest
         latest = max(self._last_prefills.values(), default=-1)
-        new = [(self._turn(queued), queue) for queue in queues for queued in queue.requests if self._is_new(queued)]
+        new = [
+            (self._turn(queued), queue)
+            for queue in queues
+            for queued in queue.requests
+            if queued.chunked == 0 and queued.waiting.generation in self._new
+        ]
         turn, queue = min(new, key=lambda item: item[0], default=(latest, oldest))
         if turn < latest:
             return queue
@@ -366,15 +349,9 @@ class Scheduler:
         others = [queue for queue in queues if queue is not self._last_chunked.get(queue.engine.device)]
         return max(others or queues, key=lambda queue: len(queue.requests))
 
-    def _is_new(self, queued: _QueuedRequest) -> bool:
-        return queued.chunked == 0 and queued.waiting.generation in self._new
-
     def _turn(self, queued: _QueuedRequest) -> int:
         """Return the order of a prefill: the client that had none for longest goes first."""
-        return self._last_prefills.get(self._client(queued), -1)
-
-    def _client(self, queued: _QueuedRequest) -> str:
-        return self._clients.get(queued.waiting.generation, "")  # one that has failed may have requests left
+        return self._last_prefills.get(self._clients[queued.waiting.generation], -1)
 
     def _split(self, queue: _EngineQueue) -> tuple[_Batch, list[_QueuedRequest]]:
         """Return the requests, or chunks of them, of the next call, and the requests that wait for another one."""
@@ -431,12 +408,11 @@ class Scheduler:
         if not self._running:
             return []
         only_servers = all(run.queue.engine.asynchronous for run in self._running.values())
-        try:
-            done = [self._done.get(timeout=_WAIT_SECONDS if only_servers else None)]
-        except Empty:
-            return []
-        while not self._done.empty():
-            done.append(self._done.get())
+        done: list[Future[Any]] = []
+        with suppress(Empty):
+            done.append(self._done.get(timeout=_WAIT_SECONDS if only_servers else None))
+            while True:
+                done.append(self._done.get_nowait())
         return done
 
 

@@ -19,11 +19,18 @@ from mixlm.cli.inputs import (
     model_identities,
     prompts_and_answers,
     read_texts,
-    refuse_generation_options,
     score_texts,
 )
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, check_counts, flag, with_shared
+from mixlm.cli.options import (
+    NOT_FOR_SCORING,
+    SCORED_AS_THEY_ARE,
+    Shared,
+    check_counts,
+    flag,
+    refuse_options,
+    with_shared,
+)
 from mixlm.cli.segments import about_unit
 from mixlm.errors import ConfigError, UsageError
 from mixlm.option_spec import OptionSpec
@@ -127,8 +134,9 @@ def fit(
     if accuracy is None and (given := _first_given(of_task)):
         raise UsageError(f"{given} is given without --accuracy", "name a task: --accuracy TASK")
     check_counts(limit=limit, seeds=seeds)
-    written = ("method",) if output is not None or accuracy is not None else ()
-    refuse_generation_options(shared, "fit", allowed=(*written, "system", *(shared.options() if accuracy else ())))
+    if accuracy is None:
+        unused_options = [name for name in NOT_FOR_SCORING if name != "method" or output is None]
+        refuse_options(shared, "fit", unused_options, SCORED_AS_THEY_ARE)
     config = shared.config()
     if grid and step is None:
         step = 0.1

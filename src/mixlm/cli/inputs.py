@@ -7,12 +7,12 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mixlm.cli.display import dim
-from mixlm.cli.options import Shared, flag
+from mixlm.cli.options import flag
 from mixlm.errors import ConfigError, UsageError, did_you_mean
 from mixlm.terminal import is_terminal, progress_bars, visible
 
@@ -271,20 +271,6 @@ def _confirms_overwriting(path: Path) -> bool:
         return False
     print(f"{visible(str(path))} exists. Overwrite it? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def refuse_generation_options(shared: Shared, command: str, allowed: Collection[str] = ()) -> None:
-    """Refuse generation options that would do nothing, since members are scored as they are.
-
-    Raises:
-        UsageError: One that is not `allowed` is given.
-    """
-    given: list[str] = [name for name in shared.options() if name not in allowed]
-    if shared.method is not None and "method" not in allowed:
-        given.append("method")
-    if given:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UsageError(f"mixlm {command} does not use {named}: members are scored as they are", "omit it")
 
 
 def model_identities(config: EnsembleConfig, cache: bool) -> list[str | None] | None:

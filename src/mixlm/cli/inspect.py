@@ -13,11 +13,18 @@ from mixlm.cli.inputs import (
     model_identities,
     prompts_and_answers,
     read_texts,
-    refuse_generation_options,
     score_texts,
 )
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, flag, option_flag, with_shared
+from mixlm.cli.options import (
+    NOT_FOR_SCORING,
+    SCORED_AS_THEY_ARE,
+    Shared,
+    flag,
+    option_flag,
+    refuse_options,
+    with_shared,
+)
 from mixlm.cli.segments import about_unit
 from mixlm.core.options import RULE_OPTIONS
 from mixlm.errors import ConfigError, UsageError
@@ -67,7 +74,7 @@ def inspect(
     if gain is not None:
         if text is not None or no_measure:
             raise UsageError("--gain is a report of its own, by scores of a text", "omit --text and --no-measure")
-        refuse_generation_options(shared, "inspect --gain")
+        refuse_options(shared, "inspect --gain", [*NOT_FOR_SCORING, "system"], SCORED_AS_THEY_ARE)
         if rule := next((name for name in RULE_OPTIONS if name in shared.generation), None):
             raise UsageError(
                 f"--gain is of the average, and does not use {option_flag(rule)}", "omit it, or see mixlm fit --rule"
@@ -108,15 +115,11 @@ def inspect(
 
 def _show_members(report: Inspection) -> None:
     """Show a column for each member."""
-    facts_by_name = [(member.name, _facts(member)) for member in report.members]
-    rows = [
-        (fact, *(facts.get(fact, "") for _, facts in facts_by_name))
-        for fact in dict.fromkeys(fact for _, facts in facts_by_name for fact in facts)
-        if any(facts.get(fact) for _, facts in facts_by_name)
-    ]
-    colours = member_colours([name for name, _ in facts_by_name])
-    heads = ("", *(name for name, _ in facts_by_name))
-    print_table(heads, rows, head_styles={name: f"color({code})" for name, code in colours.items()})
+    columns = {member.name: _facts(member) for member in report.members}
+    facts = dict.fromkeys(fact for column in columns.values() for fact in column)
+    rows = [(fact, *(column.get(fact, "") for column in columns.values())) for fact in facts]
+    styles = {name: f"color({code})" for name, code in member_colours(list(columns)).items()}
+    print_table(("", *columns), [row for row in rows if any(row[1:])], head_styles=styles)
     print_lines(f"unit {report.unit} · weights in memory {_size(report.weights_bytes)}")
     if report.router_inputs is not None:
         print_lines(f"the router looks at {report.router_inputs}")
@@ -196,18 +199,14 @@ def _show_costs(report: Inspection) -> None:
     heads = ["forward pass of", *(f"{length} token{'' if length == 1 else 's'}" for length in lengths)]
     rows = [(cost.member, *(f"{1e3 * cost.seconds[length]:.1f} ms" for length in lengths)) for cost in report.costs]
     print_table(heads, rows, right=frozenset(heads[1:]))
-    measured = any(speed.measured is not None for speed in report.speeds)
-    heads = ["tokens/s", "predicted", *(["measured"] if measured else [])]
+    heads, how = ["tokens/s", "predicted"], "mixlm bench measures the speed."
+    if any(speed.measured is not None for speed in report.speeds):
+        heads, how = [*heads, "measured"], "Measured in one short run; mixlm bench measures more precisely."
     table = []
     for speed in report.speeds:
         label = f"single {', '.join(speed.members)}" if speed.method == "single" else speed.method
         table.append([label, f"{speed.predicted:.1f}", *([] if speed.measured is None else [f"{speed.measured:.1f}"])])
     print_table(heads, table, right=frozenset(heads[1:]))
-    how = (
-        "Measured in one short run; mixlm bench measures more precisely."
-        if measured
-        else "mixlm bench measures the speed."
-    )
     print_lines(f"Predicted from forward passes alone, with the current weights. {how}")
 
 
@@ -258,27 +257,26 @@ def _show_gain(report: GainReport) -> None:
     )
     if report.segments < _FEW:
         print_lines("So short a text decides nothing: give one of a few kilobytes.")
-    lines = [
-        f"Gain: fixed weights need {report.gain:.1f} % fewer bits than {report.best_member} alone, and no router can "
-        f"save more than {report.oracle_gain:.1f} %."
-    ]
-    if report.gain <= 0:
-        lines = [
+    if report.gain > 0:
+        print_lines(
+            f"Gain: fixed weights need {report.gain:.1f} % fewer bits than {report.best_member} alone, and no router "
+            f"can save more than {report.oracle_gain:.1f} %."
+        )
+    else:
+        print_lines(
             f"Gain: none. Fixed weights are not better than {report.best_member} alone; a router could save at most "
             f"{report.oracle_gain:.1f} %."
-        ]
+        )
     if report.cost is not None:
         speeds = report.tokens_per_second
-        lines.append(
+        print_lines(
             f"Cost: a token by mixture takes {report.cost:.2f} times as long as by {report.best_member} alone "
             f"({speeds['mixture']:.1f} and {speeds['single']:.1f} tokens/s, predicted from forward passes)."
         )
-    if (member := report.worth_dropping) is not None:
-        lines.append(f"{member} is worth dropping: without it, the best weights are as good.")
-    elif several and (least := report.least_useful) is not None and least.without is not None:
+    if report.worth_dropping is not None:
+        print_lines(f"{report.worth_dropping} is worth dropping: without it, the best weights are as good.")
+    elif (least := report.least_useful) is not None and least.without is not None:
         loss = 100 * (least.without / report.fixed - 1)
-        lines.append(
+        print_lines(
             f"The least useful member is {least.name}: without it, the best weights need {loss:.1f} % more bits."
         )
-    for line in lines:
-        print_lines(line)

@@ -93,7 +93,7 @@ def rm(
     debug: _Debug = False,
 ) -> None:
     """Remove installed models."""
-    from mixlm.models.install import remove
+    from mixlm.models.cache import remove
     from mixlm.terminal import ProgressDisplay
 
     for name in names:

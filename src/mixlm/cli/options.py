@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hin
 
 from typer import Option
 
-from mixlm.choices import DTYPES, GRAPHS, QUANTIZATIONS, UNITS
+from mixlm.choices import DTYPES, GRAPHS, METHODS, QUANTIZATIONS, UNITS
 from mixlm.core.options import OPTIONS, RULE_OPTIONS, SAMPLING_OPTIONS, GenerationOptions, Options
 from mixlm.core.rule_options import AVERAGE_METHODS, build_rule, check_rule, is_average
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError
@@ -142,17 +142,13 @@ class Shared:
         from mixlm.config import EnsembleConfig, MemberConfig
         from mixlm.config_file import read_config
 
-        changes: dict[str, Any] = {} if self.method is None else {"method": self.method}
-        if self.unit is not None:
-            changes["unit"] = self.unit
+        allowed = {"method": METHODS, "unit": UNITS, "dtype": DTYPES, "graphs": GRAPHS, "quantization": QUANTIZATIONS}
+        for name, choices in allowed.items():
+            if (value := getattr(self, name)) is not None:
+                OptionSpec(choices=choices).check(f"--{name}", value)
+        changes: dict[str, Any] = {"method": self.method, "unit": self.unit}
+        changes = {name: value for name, value in changes.items() if value is not None}
         rule = _given_rule(self.generation)
-        choices = {"unit": UNITS, "dtype": DTYPES, "graphs": GRAPHS, "quantization": QUANTIZATIONS}
-        values = {**changes, "dtype": self.dtype, "graphs": self.graphs, "quantization": self.quantization}
-        for name, value in values.items():
-            if value is not None:
-                OptionSpec(choices=choices[name] if name in choices else OPTIONS[name].choices).check(
-                    f"--{name}", value
-                )
         if self.prefix_cache is not None and self.prefix_cache < 0:
             raise ConfigError(f"--prefix-cache is {self.prefix_cache}; it must be 0 or more MiB")
         if self.engine is not None:
@@ -279,41 +275,42 @@ def with_shared(*, unused: Sequence[str] = (), reason: str = "") -> Callable[[Ca
         unused: Generation options without an effect on this command: help leaves them out, and they are refused.
         reason: Why they have none.
     """
-    return functools.partial(_with_shared, unused=unused, reason=reason)
 
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        own = get_type_hints(command, include_extras=True)
+        parameters = [
+            parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=own[parameter.name])
+            for parameter in signature(command).parameters.values()
+            if parameter.name != "shared"
+        ]
+        hints = get_type_hints(Shared, include_extras=True)
+        ensemble = [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+            for field in fields(Shared)
+            if field.name != "generation"
+        ]
+        shared_parameters = [*ensemble[:3], *_generation_parameters(unused), *ensemble[3:]]  # the order of --help
 
-def _with_shared(command: Callable[..., int], unused: Sequence[str], reason: str) -> Callable[..., int]:
-    own = get_type_hints(command, include_extras=True)
-    parameters = [
-        parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=own[parameter.name])
-        for parameter in signature(command).parameters.values()
-        if parameter.name != "shared"
-    ]
-    ensemble = _ensemble_parameters()
-    shared_parameters = [*ensemble[:3], *_generation_parameters(unused), *ensemble[3:]]  # the order of --help
-
-    @functools.wraps(command)
-    def wrapped(**values: Any) -> int:
-        shared = Shared(
-            **{parameter.name: values.pop(parameter.name) for parameter in ensemble},
-            generation={name: value for name in _SHARED_OPTIONS if _is_set(value := values.pop(name))},
-        )
-        if without_effect := [option_flag(name) for name in shared.generation if name in unused]:
+        @functools.wraps(command)
+        def wrapped(**values: Any) -> int:
+            shared = Shared(
+                **{parameter.name: values.pop(parameter.name) for parameter in ensemble},
+                generation={name: value for name in _SHARED_OPTIONS if _is_set(value := values.pop(name))},
+            )
             verb = {"evaluate": "eval"}.get(command.__name__, command.__name__)
-            raise UsageError(f"mixlm {verb} does not use {', '.join(without_effect)}: {reason}", "omit it")
-        return command(shared=shared, **values)
+            refuse_options(shared, verb, unused, reason)
+            return command(shared=shared, **values)
 
-    wrapped.__signature__ = Signature([*parameters, *shared_parameters])  # type: ignore[attr-defined]
-    return wrapped
+        wrapped.__signature__ = Signature([*parameters, *shared_parameters])  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate
 
 
-def _ensemble_parameters() -> list[Parameter]:
-    hints = get_type_hints(Shared, include_extras=True)
-    return [
-        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
-        for field in fields(Shared)
-        if field.name != "generation"
-    ]
+def refuse_options(shared: Shared, command: str, names: Collection[str], reason: str) -> None:
+    """Raise UsageError where one of these generation options is given, which would do nothing."""
+    if given := [option_flag(name) for name in shared.generation if name in names]:
+        raise UsageError(f"mixlm {command} does not use {', '.join(given)}: {reason}", "omit it")
 
 
 def option_flag(name: str) -> str:
@@ -362,5 +359,6 @@ _SHARED_OPTIONS = [
     *(name for name, spec in OPTIONS.items() if spec.panel and name != "method" and name not in SAMPLING_OPTIONS),
 ]
 _OF_ENSEMBLE = ("method", *RULE_OPTIONS)
-# Options of `generate` and the like, without an effect on commands that only score.
-NOT_FOR_SCORING = tuple(name for name in _SHARED_OPTIONS if name != "system")
+# Options without an effect on what members make of given texts, and why they have none.
+NOT_FOR_SCORING = tuple(name for name in _SHARED_OPTIONS if name not in ("system", *RULE_OPTIONS))
+SCORED_AS_THEY_ARE = "members are scored as they are"

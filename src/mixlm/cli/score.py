@@ -19,9 +19,8 @@ from mixlm.cli.inputs import (
     score_texts,
 )
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import NOT_FOR_SCORING, Shared, flag, with_shared
+from mixlm.cli.options import NOT_FOR_SCORING, SCORED_AS_THEY_ARE, Shared, flag, with_shared
 from mixlm.cli.segments import about_unit, page, show_segments
-from mixlm.core.options import RULE_OPTIONS
 from mixlm.core.rule_options import rule_as_dict
 from mixlm.errors import UsageError
 from mixlm.option_spec import OptionSpec
@@ -37,9 +36,7 @@ _BEFORE = ("begin", "end")
 _HEADS = ("", "weight", "bits per byte", "perplexity per token", "per word", "log-probability", "responsible for")
 
 
-@with_shared(
-    unused=tuple(name for name in NOT_FOR_SCORING if name not in RULE_OPTIONS), reason="members are scored as they are"
-)
+@with_shared(unused=NOT_FOR_SCORING, reason=SCORED_AS_THEY_ARE)
 def score(
     shared: Shared,
     files: Annotated[

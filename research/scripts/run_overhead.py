@@ -81,10 +81,13 @@ def main() -> None:
                 steps.clear()
         print(f"outside vLLM's steps, one token: {statistics.median(outside):.2f} ms, best {min(outside):.2f}")
         return
-    for use_sessions in (True, False):
-        remote = RemoteEngine(EngineSpec(arguments.url, ""), Path(arguments.model), use_sessions=use_sessions)
-        if (remote.replicas[0].server.sessions is not None) == use_sessions:
-            show("sessions" if use_sessions else "completions", measured(remote, arguments.runs))
+    remote = RemoteEngine(EngineSpec(arguments.url, ""), Path(arguments.model))
+    server = remote.replicas[0].server
+    assert server is not None
+    if server.sessions is not None:
+        show("sessions", measured(remote, arguments.runs))
+        server.sessions = None
+    show("completions", measured(remote, arguments.runs))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_what_it_cannot_sample_is_requested_token_by_token(engine):
 def server_with(complete: Any, candidates: Any = None) -> LlamaCppServer:
     """A server that responds with these functions."""
     client: Any = SimpleNamespace(base_url="http://x")
-    probe = TokenizerProbe(PROMPT.tolist(), [65], BYTES, frozenset(), "")
+    probe = TokenizerProbe(PROMPT.tolist(), [65], BYTES, "")
     server: Any = LlamaCppServer(client, ModelInfo({"id": "x"}, {}), probe)
     server.complete, server.candidates = complete, candidates
     return server

@@ -182,7 +182,7 @@ class Route:
 
 def server_with(response: dict[str, Any]) -> OpenAIServer:
     client: Any = SimpleNamespace(base_url="http://x")
-    server = OpenAIServer(client, ModelInfo({"id": "x"}, {}), TokenizerProbe([], [], [b"x"] * 10, frozenset(), ""))
+    server = OpenAIServer(client, ModelInfo({"id": "x"}, {}), TokenizerProbe([], [], [b"x"] * 10, ""))
     route: Any = Route(response)
     server.sessions = route
     return server

@@ -12,7 +12,7 @@ import os
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -88,7 +88,6 @@ class RemoteEngine(TopKOnlyEngine):
     Args:
         folder: of the model's tokenizer; where the server says the path of its model and this machine has it, None
             takes that.
-        use_sessions: whether mixlm's session route is used where a server has it.
 
     Raises:
         EngineError: no server answers.
@@ -99,21 +98,19 @@ class RemoteEngine(TopKOnlyEngine):
 
     asynchronous = True
 
-    def __init__(
-        self, spec: EngineSpec, folder: Path | None, limits: ClientLimits | None = None, *, use_sessions: bool = True
-    ) -> None:
+    def __init__(self, spec: EngineSpec, folder: Path | None, limits: ClientLimits | None = None) -> None:
         limits = limits or ClientLimits(response=spec.timeout)
         key = _read_key(spec)
         self._loop = EventLoopThread()
         self.replicas = self._loop.run(_create_replicas(spec.model.split(","), key, limits))
         try:
-            self._connect(spec, folder, use_sessions)
+            self._connect(spec, folder)
         except BaseException:
             _close(self._loop, self.replicas)
             raise
         self._closing = weakref.finalize(self.replica_set, _close, self._loop, self.replicas)
 
-    def _connect(self, spec: EngineSpec, folder: Path | None, use_sessions: bool) -> None:
+    def _connect(self, spec: EngineSpec, folder: Path | None) -> None:
         first, info = self._loop.run(_find_first(self.replicas))
         name = spec.name or info.name.rpartition("/")[2].removesuffix(".gguf")
         # Members behind different servers run at the same time.
@@ -129,10 +126,10 @@ class RemoteEngine(TopKOnlyEngine):
         context_length = spec.context or info.context_length()
         super().__init__(name, self.text_interface(replace(spec, name=name)), context_length)
         ids, first_ids = (self.encoder.encode(text).ids for text in (PROBE_TEXT.encode(), b"A"))
-        tokenizer = TokenizerProbe(ids, first_ids, self.vocabulary.tokens, self.vocabulary.end_ids, str(folder))
+        tokenizer = TokenizerProbe(ids, first_ids, self.vocabulary.tokens, str(folder))
         # Some servers do not survive a request for more tokens than there are.
         count = min(spec.candidates + self.extra_tokens, self.vocabulary.size)
-        probe_server = partial(probe, tokenizer=tokenizer, count=count, use_sessions=use_sessions)
+        probe_server = partial(probe, tokenizer=tokenizer, count=count)
         self._server = server = self._loop.run(probe_server(first.client, info))
         first.use(server)
         self.max_top_k = server.limit
@@ -182,10 +179,7 @@ class RemoteEngine(TopKOnlyEngine):
         if not all(isinstance(session, RemoteSession) for session, _ in requests):
             return super().respond(requests)  # something wraps the sessions
         futures = [self.submit(session, request) for session, request in requests]
-        errors = [future.exception() for future in futures]  # all are waited for, also those beside one that failed
-        for error in errors:
-            if error is not None:
-                raise error
+        wait(futures)  # also those beside one that failed
         return [to_response(request, future.result()) for (_, request), future in zip(requests, futures, strict=True)]
 
     def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
@@ -236,14 +230,12 @@ class RemoteSession(TopKOnlySession):
                 response = await send(replica.server)
                 await replica.server.check()
                 return response
-            except RequestRefusedError:
-                raise  # the others are like this one
             except EngineError as error:
-                if len(self._engine.replicas) == 1:
-                    raise
-                replica_set.exclude(replica, error)
+                if isinstance(error, RequestRefusedError) or len(self._engine.replicas) == 1:
+                    raise  # others are like this one, or there are none
                 failed.append(replica)
                 self._move(None)
+                replica_set.exclude(replica, error)
                 if not replica_set.can_answer(failed):
                     raise
 

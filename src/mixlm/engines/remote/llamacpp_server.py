@@ -77,7 +77,7 @@ class LlamaCppServer(LlamaCppProtocol, ModelServer):
 
     async def generate(self, session: Session, request: GenerateRequest, ends: Sequence[int]) -> GenerateResponse:
         """Let it sample tokens itself."""
-        banned_there, banned = _select_banned(request.banned.tobytes(), self.tokenizer.ends)
+        banned_there, banned = _select_banned(request.banned.tobytes(), frozenset(ends))
         all_banned = len(banned_there) == len(banned)
         body = _generation_body(request, banned_there, 1 if all_banned else request.sampling.top_k)
         async with self.slot(session, request.ids) as slot:

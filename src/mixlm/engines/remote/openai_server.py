@@ -77,22 +77,14 @@ class OpenAIServer(ModelServer):
         )
 
     async def find_missing(self) -> str:
-        """Find out what it lacks to sample itself, and whether it `masks`."""
+        """Find out what it lacks to sample itself, whether it `masks`, and whether it has the session route."""
+        pool = SessionPool(self.client.base_url, self.client.key, self.client.limits, self._check_new_connection)
+        self.sessions = pool if await pool.is_available() else None
         self.masks = True
         if await probe_sampling(self._sample, self._top_two):
             self.masks = False
             return await probe_sampling(self._sample, self._top_two)
         return ""
-
-    async def open_sessions(self) -> None:
-        """Use mixlm's session route from now on, if the server has it."""
-
-        async def check() -> None:
-            self.client.connections_made += 1
-            await self.check()
-
-        pool = SessionPool(self.client.base_url, self.client.key, self.client.limits, check)
-        self.sessions = pool if await pool.is_available() else None
 
     @property
     def samples(self) -> str:
@@ -123,6 +115,10 @@ class OpenAIServer(ModelServer):
             ids = [int(token) for token in response["ids"]]
             logprobs = (top[str(token)] for token, top in zip(ids, response["logprobs"], strict=True))
             return generated_tokens(ids, logprobs, response.get("cached"))
+
+    async def _check_new_connection(self) -> None:
+        self.client.connections_made += 1
+        await self.check()
 
     def _generation_parameters(self, request: GenerateRequest, ends: Sequence[int]) -> tuple[dict[str, Any], str]:
         """Return the parameters of a request to sample, and the ids that the server masks, as ranges."""

@@ -19,14 +19,11 @@ _SAME = 0.5
 PROBE_TEXT = "The sky is blue, and 12 + 30 = 42."
 
 
-async def probe(
-    client: HttpClient, info: ModelInfo, tokenizer: TokenizerProbe, count: int, use_sessions: bool
-) -> ModelServer:
+async def probe(client: HttpClient, info: ModelInfo, tokenizer: TokenizerProbe, count: int) -> ModelServer:
     """Find out how a server is asked, what it can do, and whether it tokenizes as the tokenizer does.
 
     Args:
         count: how many of the most likely tokens it should return.
-        use_sessions: whether mixlm's session route is used where the server has it.
 
     Raises:
         EngineError: it does not answer.
@@ -41,8 +38,6 @@ async def probe(
     server.reports_cached = bool(usual.cached)
     server.takes_ids = await _takes_ids(server, usual.candidates)
     server.missing = (await server.find_missing()).replace(client.base_url, "the server")  # replicas lack the same
-    if use_sessions and isinstance(server, OpenAIServer):
-        await server.open_sessions()
     return server
 
 

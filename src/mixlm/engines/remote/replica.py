@@ -133,8 +133,6 @@ class ReplicaSet:
         Raises:
             EngineError: none is left.
         """
-        if len(self._replicas) == 1:
-            return self._replicas[0]
         others = [replica for replica in self._replicas if replica not in failed]
         retries = [self._retry(replica) for replica in others if not replica.is_ready and replica.is_due]
         if not any(replica.is_ready for replica in others):
@@ -173,8 +171,6 @@ class ReplicaSet:
 
     async def is_any_alive(self) -> bool:
         """Whether a server answers, with the member's model."""
-        if len(self._replicas) == 1:
-            return await self._replicas[0].is_alive()
         for check in asyncio.as_completed(map(self._is_usable, self._replicas)):
             if await check:
                 return True

@@ -37,14 +37,13 @@ _NOT_OF_THE_REQUEST = (401, 403, 404, 408)
 class TokenizerProbe:
     """What has to be known of a model's tokenizer to probe a server.
 
-    ids: of `probing.PROBE_TEXT`. first_ids: of a letter. tokens: the bytes of each id. ends: ids that end a text.
-    folder: where the tokenizer is from, for errors.
+    ids: of `probing.PROBE_TEXT`. first_ids: of a letter. tokens: the bytes of each id. folder: where the tokenizer is
+    from, for errors.
     """
 
     ids: list[int]
     first_ids: list[int]
     tokens: Sequence[bytes]
-    ends: frozenset[int]
     folder: str
 
 

@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 import mixlm
 from mixlm.ensemble import Ensemble
-from mixlm.scoring.marginal_scores import ScoringMember, cached_matches
+from mixlm.scoring.marginal_scores import cached_matches
 from mixlm.scoring.marginals import TokenMatches, byte_logprobs, piece_logprobs, word_logprobs
-from mixlm.scoring.passages import Passage, text_prefix
+from mixlm.scoring.passages import text_prefix
 from mixlm.scoring.score import identity
 from mixlm.tokenization.incremental import utf8_runs
 from mixlm.types import Completion
@@ -62,10 +62,9 @@ def texts(arguments: Sequence[str], size: int) -> dict[str, bytes]:
 
 def likelihood(ensemble: Ensemble, models: Sequence[str], data: bytes) -> dict[str, float]:
     """Return bits per byte of one text: of each member, and of equal weights in each unit. What was read is kept."""
-    passage = Passage(data, [text_prefix(member.engine) for member in ensemble.members])
     readings = [
-        cached_matches(ScoringMember(member.name, member.engine, identity(model)), passage, i)
-        for i, (member, model) in enumerate(zip(ensemble.members, models, strict=True))
+        cached_matches(member.engine, text_prefix(member.engine), data, identity(model))
+        for member, model in zip(ensemble.members, models, strict=True)
     ]
     equal = np.full(len(readings), 1 / len(readings))
     alone = {

@@ -22,7 +22,7 @@ from mixlm.routing.deferral import FEATURES, DeferralGate, deferral_features
 from mixlm.routing.gate import Gate
 from mixlm.routing.gate_router import GateInputs
 from mixlm.routing.observation import ObservedStates
-from mixlm.scoring.observed import passage_states
+from mixlm.scoring.member_scores import passage_states
 from mixlm.scoring.rule_scores import RuleScorer, text_passages
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import Scores

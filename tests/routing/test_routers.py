@@ -11,8 +11,7 @@ import pytest
 from toys import toys
 
 from mixlm.binding import MemberSpec
-from mixlm.config import RouterConfig, parse_config
-from mixlm.config_file import read_config, write_config
+from mixlm.config import RouterConfig, parse_config, read_config, write_config
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding.mixture import mixture
 from mixlm.engines.toy import ToyEngine, random_table

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from mixlm.engines.toy import LongestMatch, ToyEngine, ToySession
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptRouter
 from mixlm.routing.features import FEATURES, features
-from mixlm.scoring.passages import Passage
-from mixlm.scoring.score import identity, score, score_answers, score_passages, split_passages
-from mixlm.scoring.scores import Scores, concatenate, router_weights, split_holdout
+from mixlm.scoring.passages import Passage, split_passages
+from mixlm.scoring.score import identity, score, score_answers, score_passages
+from mixlm.scoring.scores import concatenate, router_weights, split_holdout
 from mixlm.types import Message
 
 TEXT = "ab cab bab cacab a b c abba"
@@ -126,7 +125,7 @@ def test_passages_end_at_lines_or_words_where_they_can() -> None:
 
 
 def test_every_passage_begins_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixlm.scoring.score.split_passages.__defaults__", (8,))
+    monkeypatch.setattr("mixlm.scoring.passages.split_passages.__defaults__", (8,))
     toy = toys("token", 2)
     scores = score(toy, "ab ba c\nab ba c\n".replace("\n", " "))
     assert scores.passages > 1
@@ -333,30 +332,6 @@ def test_members_that_share_an_engine_are_scored_once() -> None:
     assert (scores.logprobs[:, 0] == scores.logprobs[:, 1]).all()
 
 
-def test_saved_and_loaded_scores_are_equal(tmp_path: Path) -> None:
-    scores = score(toys("piece", 3), TEXT)
-    scores.save(tmp_path / "a.npz")
-    again = Scores.load(tmp_path / "a.npz")
-    assert (again.names, again.unit, again.text) == (scores.names, scores.unit, scores.text)
-    for name in ("starts", "ends", "passage_starts", "logprobs", "prompt_bits"):
-        assert (getattr(again, name) == getattr(scores, name)).all()
-
-
-def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        Scores.load(tmp_path / "none.npz")
-    (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(ConfigError, match="holds no scores"):
-        Scores.load(tmp_path / "text.npz")
-    np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    with pytest.raises(ConfigError, match="holds no scores"):
-        Scores.load(tmp_path / "other.npz")
-    whole = made(np.zeros((3, 2)))
-    replace(whole, starts=whole.starts[:2]).save(tmp_path / "short.npz")
-    with pytest.raises(ConfigError, match="do not fit"):
-        Scores.load(tmp_path / "short.npz")
-
-
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """Number of tokens in each forward of the toys; the cache is an empty folder."""
@@ -386,7 +361,7 @@ def test_what_differs_is_scored_again(forwards: list[int], change: str, monkeypa
     if change == "details":
         toy.members[0].engine.details = {"dtype": "bfloat16"}
     if change == "passages":
-        monkeypatch.setattr("mixlm.scoring.score.split_passages.__defaults__", (10,))
+        monkeypatch.setattr("mixlm.scoring.passages.split_passages.__defaults__", (10,))
     models = {"model": ["a", "c"], "none": None}.get(change, ["a", "b"])
     score(toy, TEXT + "a" if change == "text" else TEXT, identities=models)
     assert forwards

@@ -30,8 +30,7 @@ from mixlm.routing import FixedRouter, FunctionRouter
 from mixlm.routing.base import observed_by
 from mixlm.routing.gate_router import GateRouter
 from mixlm.routing.observation import ObservedStates
-from mixlm.scoring.marginal_scores import prompt_bits
-from mixlm.scoring.observed import passage_states
+from mixlm.scoring.member_scores import passage_states, prompt_bits
 from mixlm.scoring.passages import Passage
 from mixlm.scoring.rule_scores import RuleScorer, text_passages
 from mixlm.scoring.score import score

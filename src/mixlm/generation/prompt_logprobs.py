@@ -260,9 +260,7 @@ def _stack(name: str, observations: Sequence[Observation | None]) -> ObservedSta
     known = [observed for observed in observations if observed is not None]
     if not known:
         raise ConfigError("the prompt is too short to be scored with a router that observes a member", "lengthen it")
-    ids, logprobs, hidden = zip(*(known[0] if observed is None else observed for observed in observations), strict=True)
-    states = None if known[0].hidden is None else np.array(hidden)
-    return ObservedStates(name, np.array(ids), np.array(logprobs), states)
+    return ObservedStates.of(name, [known[0] if observed is None else observed for observed in observations])
 
 
 def _tokens(

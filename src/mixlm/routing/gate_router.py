@@ -160,7 +160,8 @@ class GateRouter:
             if "text" in self.inputs.groups:
                 tail = (context.text[-FEATURE_TAIL:] + state.tail(FEATURE_TAIL))[-FEATURE_TAIL:]
                 text = features(tail, np.array([len(tail)]))
-            weights: Floats = self.weights_at(text, None if observation is None else _single(observation))[0]
+            observed = None if observation is None else ObservedStates.of("", [observation])
+            weights: Floats = self.weights_at(text, observed)[0]
             return weights
 
         return route
@@ -245,8 +246,3 @@ def load_router(path: str | Path) -> GateRouter:
         if matrix.shape != (len(names), FEATURES) or not np.isfinite(matrix).all():
             raise ValueError(f"its matrix is not one of {len(names)} × {FEATURES} finite numbers")
         return LearnedRouter(matrix, names)
-
-
-def _single(observation: Observation) -> ObservedStates:
-    hidden = None if observation.hidden is None else observation.hidden[None]
-    return ObservedStates("", observation.ids[None], observation.logprobs[None], hidden)

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
 from mixlm.core.sampling import largest_indices, log_softmax
-from mixlm.errors import ConfigError
 from mixlm.routing.base import Observation, Observes
 from mixlm.types import Candidates, Floats, HiddenStates, Ids, LogitsRow
 
@@ -53,39 +50,24 @@ class ObservedStates:
 
     def select(self, states: npt.NDArray[Any]) -> ObservedStates:
         """Return the observations at some states, by mask or by index."""
-        arrays = {name: getattr(self, name) for name in _BY_STATE}
-        return replace(self, **{name: array[states] for name, array in arrays.items() if array is not None})
+        return replace(self, **{name: array[states] for name, array in self.arrays().items()})
 
     @classmethod
     def concatenate(cls, parts: Sequence[ObservedStates]) -> ObservedStates:
         """Return several texts' observations of one member as one."""
-        joined: dict[str, Any] = {}
-        for name in _BY_STATE:
-            arrays = [getattr(part, name) for part in parts]
-            joined[name] = None if any(array is None for array in arrays) else np.concatenate(arrays)
-        return cls(parts[0].name, **joined)
-
-    def save(self, path: str | Path) -> None:
-        """Write the observations as an npz file."""
-        hidden = np.zeros((len(self), 0), dtype=np.float16) if self.hidden is None else self.hidden
-        with open(path, "wb") as file:
-            ids = self.ids.astype(np.int32)
-            mass = np.zeros(0) if self.mass is None else self.mass
-            np.savez(file, name=np.array(self.name), ids=ids, logprobs=self.logprobs, hidden=hidden, mass=mass)
+        arrays = [part.arrays() for part in parts]
+        common = set.intersection(*map(set, arrays))
+        return cls(parts[0].name, **{name: np.concatenate([own[name] for own in arrays]) for name in common})
 
     @classmethod
-    def load(cls, path: str | Path) -> ObservedStates:
-        """Read what `save` wrote. Raises ConfigError when the file cannot be read or holds something else."""
-        try:
-            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-                hidden, mass = file["hidden"], file["mass"]
-                ids = file["ids"].astype(np.int64)
-                states = cls(str(file["name"]), ids, file["logprobs"], hidden, mass if len(mass) == len(ids) else None)
-        except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, BadZipFile) as error:
-            raise ConfigError(f"the observations in {path} cannot be read: {error}") from error
-        if not len(states.ids) == len(states.logprobs) == len(hidden):
-            raise ConfigError(f"{path} holds no observations: its arrays do not fit each other")
-        return states if hidden.shape[1] else replace(states, hidden=None)
+    def of(cls, name: str, observations: Sequence[Observation]) -> ObservedStates:
+        """Return observations of a member, one or more, as one."""
+        ids, logprobs, hidden = zip(*observations, strict=True)
+        return cls(name, np.array(ids), np.array(logprobs), None if hidden[0] is None else np.array(hidden))
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays that there are, by name."""
+        return {name: array for name in _BY_STATE if (array := getattr(self, name)) is not None}
 
 
 def observation(row: LogitsRow, observes: Observes, hidden: HiddenStates | None = None) -> Observation:
@@ -110,13 +92,3 @@ def top_tokens(row: LogitsRow, k: int) -> Candidates:
     if missing:
         ids, logits = np.append(ids, np.full(missing, -1)), np.append(logits, np.full(missing, -np.inf))
     return Candidates(ids.astype(np.int64), logits)
-
-
-def top_mass(row: LogitsRow, k: int) -> float:
-    """Return the probability of the k most likely tokens of a row of logits together."""
-    values = row.logprobs if isinstance(row, Candidates) else row
-    largest = np.sort(values[largest_indices(values, k)])[-k:] if k else values
-    if isinstance(row, Candidates):  # of log-probabilities
-        return float(np.exp(largest).sum())
-    top = values.max()
-    return float(np.exp(largest - top).sum() / np.exp(values - top).sum())

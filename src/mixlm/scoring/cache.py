@@ -10,68 +10,66 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
+import numpy.typing as npt
+
+from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError
 from mixlm.models.cache import cache_root
 from mixlm.version import __version__
 
-LIMIT_VARIABLE = "MIXLM_SCORES_MB"
+Arrays = Mapping[str, npt.NDArray[Any]]
+_LIMIT_VARIABLE = "MIXLM_SCORES_MB"
 _MEGABYTES = 500.0
 
 
-def folder() -> Path:
-    """Return the folder of the cache."""
-    return cache_root() / "scores"
-
-
-def path_of(about: Sequence[Any], data: Iterable[bytes]) -> Path:
-    """Return the file of a result: a hash of mixlm's version and of all that it depends on.
+def cached(
+    what: Sequence[Any], engine: Engine, model: str | None, data: Iterable[bytes], make: Callable[[], Arrays]
+) -> Arrays:
+    """Return arrays by name, from the cache where they are known.
 
     Args:
-        about: What JSON holds of that.
-        data: Texts and ids.
+        what: What JSON holds of that which they depend on, beside the engine and mixlm's version.
+        engine: The engine.
+        model: Its model's identity; None to cache nothing.
+        data: Texts and ids that they depend on.
+        make: Makes them.
+
+    Raises:
+        ConfigError: `$MIXLM_SCORES_MB` is not a number.
     """
-    digest = hashlib.sha256(json.dumps([__version__, *about], sort_keys=True).encode())
+    if model is None:
+        return make()
+    about = [__version__, *what, engine.name, dict(engine.details), model]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for part in data:
         digest.update(len(part).to_bytes(8, "little") + part)
-    return folder() / f"{digest.hexdigest()}.npz"
+    path = cache_root() / "scores" / f"{digest.hexdigest()}.npz"
+    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile):  # not there, or damaged
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays: Arrays = dict(file)
+        with suppress(OSError):
+            os.utime(path)
+        return arrays
+    arrays = make()
+    _write(path, arrays, _limit())
+    return arrays
 
 
-T = TypeVar("T")
-
-
-def get(path: Path, load: Callable[[Path], T]) -> T | None:
-    """Return what a file holds and mark it as used; None for a missing or damaged file.
-
-    load: reads a file, or raises ConfigError.
-    """
-    if not path.is_file():
-        return None
-    try:
-        value = load(path)
-    except ConfigError:
-        return None
-    with suppress(OSError):
-        os.utime(path)
-    return value
-
-
-def put(save: Callable[[str], None], path: Path) -> None:
-    """Write a file atomically and enforce the limit. A cache that cannot be written is no error.
-
-    save: writes to a path. Raises ConfigError for a limit that is not a number.
-    """
-    limit_bytes = limit()
+def _write(path: Path, arrays: Arrays, limit_bytes: float) -> None:
+    """Write a file atomically and enforce the limit. A cache that cannot be written is no error."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        os.close(handle)
         try:
-            save(temporary)
+            with open(handle, "wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -79,15 +77,15 @@ def put(save: Callable[[str], None], path: Path) -> None:
         _evict(path.parent, limit_bytes)
 
 
-def limit() -> float:
+def _limit() -> float:
     """Return the limit in bytes. Raises ConfigError for a setting that is not a number, or negative."""
-    setting = os.environ.get(LIMIT_VARIABLE, "")
+    setting = os.environ.get(_LIMIT_VARIABLE, "")
     try:
         megabytes = float(setting) if setting else _MEGABYTES
     except ValueError:
         megabytes = -1
     if not megabytes >= 0:
-        raise ConfigError(f"{LIMIT_VARIABLE} is {setting!r}; it must be a number of megabytes, 0 or more")
+        raise ConfigError(f"{_LIMIT_VARIABLE} is {setting!r}; it must be a number of megabytes, 0 or more")
     return megabytes * 1e6
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,6 @@ import numpy.typing as npt
 from mixlm.engines.base import Engine
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.topk_only import full_distribution_error
-from mixlm.errors import ConfigError
 from mixlm.types import Floats, Ids, Logits
 from mixlm.units.byte import ByteState, ByteUnit, PrefixIndex
 from mixlm.units.word import begins_word
@@ -53,21 +51,6 @@ class TokenMatches:
         tables = (self.token_ends, self.prefix_masses)
         parts = [np.split(table[:, 1:], np.searchsorted(table[:, 0], cuts)) for table in tables]
         return list(zip(*parts, strict=True))
-
-    def save(self, path: str | Path) -> None:
-        """Write an npz file."""
-        begins, ends = self.word_start_mass, self.end_mass
-        with open(path, "wb") as file:
-            np.savez(file, exactly=self.token_ends, over=self.prefix_masses, begins=begins, ends=ends)
-
-    @classmethod
-    def load(cls, path: str | Path) -> TokenMatches:
-        """Read what `save` wrote. Raises ConfigError for any other file."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return cls(file["exactly"], file["over"], file["begins"], file["ends"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ConfigError(f"{path} holds no token matches: {error}") from error
 
 
 class _MatchTable:

@@ -1,4 +1,4 @@
-"""One member's scores of given texts: the log-probability of each of its own tokens.
+"""One member's scores of given texts: the log-probability of each of its own tokens, and what a router observes of it.
 
 Short texts are scored several at a time. Answers to one question, which follow one another, have their prompt in
 common: it runs once, and the answers one after the other behind it, beside those to other questions.
@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +19,11 @@ from mixlm.binding import MemberSpec
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.engines.requests import LogitsRequest
+from mixlm.engines.topk_only import TopKOnlySession
+from mixlm.routing.base import Observation, Observes
+from mixlm.routing.observation import ObservedStates, observation
 from mixlm.scoring import cache
-from mixlm.scoring.marginal_scores import prompt_bits
-from mixlm.scoring.observed import EncodedPassage
-from mixlm.scoring.passages import PASSAGE_BYTES, Passage
+from mixlm.scoring.passages import Passage
 from mixlm.scoring.scores import Scores, concatenate
 from mixlm.terminal import Progress
 from mixlm.types import Floats, Ids
@@ -31,6 +31,8 @@ from mixlm.types import Floats, Ids
 _PROMPTS = 8  # that run together, with their answers
 _SHORTEST_PROMPT = 8  # tokens; a shorter one is not worth sharing
 _POSITIONS = 128  # whose logits are in memory at once
+
+EncodedPassage = tuple[Ids, npt.NDArray[np.int64]]  # all ids of a passage, and where the scored ones end in bytes
 
 
 def member_scores(
@@ -49,24 +51,94 @@ def member_scores(
         model: The model's identity, to cache the scores; None to cache nothing.
         progress: Called with the member's name, the passages done and their number.
     """
-    engine = member.engine
-    path = _cache_path(engine, model, encoded, passages) if model is not None else None
-    if path is not None and (cached := cache.get(path, Scores.load)) is not None:
-        if progress is not None:
-            progress(member.name, len(passages), len(passages))
-        return cached
-    start = time.perf_counter()
-    parts: list[Scores] = []
-    for passage, (_, bounds), (prompt, own) in zip(
-        passages, encoded, _logprobs(engine, passages, encoded), strict=True
-    ):
-        parts.append(_passage_scores(engine.name, passage, bounds, own, prompt_bits(prompt, passage.prompt)))
-        if progress is not None:
-            progress(member.name, len(parts), len(passages))
-    scores = replace(concatenate(parts), seconds=time.perf_counter() - start)
-    if path is not None:
-        cache.put(scores.save, path)
-    return scores
+
+    def read() -> cache.Arrays:
+        start = time.perf_counter()
+        logprobs: list[Floats] = []
+        bits: list[float] = []
+        for passage, (prompt, own) in zip(passages, _logprobs(member.engine, passages, encoded), strict=True):
+            logprobs.append(own)
+            bits.append(prompt_bits(prompt, passage.prompt))
+            if progress is not None and len(bits) < len(passages):
+                progress(member.name, len(bits), len(passages))
+        seconds = np.array(time.perf_counter() - start)
+        return {"logprobs": np.concatenate(logprobs), "prompt_bits": np.array(bits), "seconds": seconds}
+
+    known = cache.cached(["tokens"], member.engine, model, _key(passages, encoded), read)
+    if progress is not None:
+        progress(member.name, len(passages), len(passages))
+    starts = [
+        np.concatenate([[0], bounds if passage.scores_end else bounds[:-1]])
+        for passage, (_, bounds) in zip(passages, encoded, strict=True)
+    ]
+    logprobs = np.split(known["logprobs"], np.cumsum([len(own) for own in starts])[:-1])
+    parts = [
+        Scores.of_passage((member.engine.name,), "token", passage, own, values[:, None], bits)
+        for passage, own, values, bits in zip(passages, starts, logprobs, known["prompt_bits"], strict=True)
+    ]
+    return replace(concatenate(parts), seconds=float(known["seconds"]))
+
+
+def observed_states(
+    member: MemberSpec,
+    observes: Observes,
+    passages: Sequence[Passage],
+    encoded: Sequence[EncodedPassage],
+    model: str | None = None,
+    progress: Progress | None = None,
+) -> ObservedStates:
+    """Return what is observed in front of each scored token of passages, and of an end that is scored.
+
+    It is one more pass of the member. observes: what is observed; the rest as for `member_scores`.
+    """
+
+    def read() -> cache.Arrays:
+        parts = []
+        for passage, (ids, bounds) in zip(passages, encoded, strict=True):
+            length, session = len(ids) - len(bounds), member.engine.session()
+            parts.append(passage_states(session, observes, ids, length, member.name, end=passage.scores_end))
+            if progress is not None:
+                progress(f"observing {member.name}", len(parts), len(passages))
+        return ObservedStates.concatenate(parts).arrays()
+
+    what = ["observed", observes.top_k, observes.hidden]
+    known = cache.cached(what, member.engine, model, _key(passages, encoded), read)
+    following = [
+        np.append(ids[len(ids) - len(bounds) :], [-1] * passage.scores_end)
+        for passage, (ids, bounds) in zip(passages, encoded, strict=True)
+    ]
+    return ObservedStates(member.name, **known, following=np.concatenate(following).astype(np.int64))
+
+
+def passage_states(
+    session: Session, observes: Observes, ids: Ids, first: int, name: str, *, end: bool = False
+) -> ObservedStates:
+    """Return what is observed after each prefix of ids, from `first` tokens on; with `end` after all of them too."""
+    if observes.hidden:
+        session.keep_hidden()
+    stop = len(ids) + end
+    observations: list[Observation] = []
+    masses: list[Floats] = []
+    for start in range(first, stop, _POSITIONS):
+        count = min(_POSITIONS, stop - start)
+        rows = session.logits(ids[: start + count - 1], last=count)
+        hidden = session.hidden_states if observes.hidden else None
+        states = [None] * count if hidden is None else hidden[-count:].copy()
+        seen = [observation(row, observes, state) for row, state in zip(rows, states, strict=True)]
+        observations += seen
+        likely = np.array([one.ids for one in seen])
+        logits = np.where(likely < 0, -np.inf, np.take_along_axis(rows, np.maximum(likely, 0), axis=1))
+        masses.append(np.exp(logits - session.log_normalizers(rows)[:, None]).sum(axis=1))
+    states_of_all = ObservedStates.of(name, observations)
+    if isinstance(session, TopKOnlySession):  # their probability is not known
+        return states_of_all
+    return replace(states_of_all, mass=np.concatenate(masses))
+
+
+def _key(passages: Sequence[Passage], encoded: Sequence[EncodedPassage]) -> Iterator[bytes]:
+    """Yield what scores depend on, beside the model: the texts, a member's ids of them, and what of these is scored."""
+    for passage, (ids, bounds) in zip(passages, encoded, strict=True):
+        yield from (ids.tobytes(), bounds.tobytes(), passage.prompt, b"ends" if passage.scores_end else b"")
 
 
 def _logprobs(
@@ -131,29 +203,6 @@ def _token_logprobs(engine: Engine, texts: Sequence[tuple[Session, Ids, int]]) -
     return out
 
 
-def _passage_scores(
-    name: str, passage: Passage, bounds: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64], bits: float
-) -> Scores:
-    """Return the scores of one passage.
-
-    bounds: where its tokens end, in bytes. logprobs: of its tokens, and of its end where that is scored. bits: of its
-    prompt, per byte.
-    """
-    starts, ends = np.concatenate([[0], bounds[:-1]]), bounds
-    if passage.scores_end:
-        starts, ends = np.append(starts, bounds[-1]), np.append(ends, bounds[-1])
-    return Scores(
-        (name,),
-        "token",
-        passage.prompt + passage.data,
-        starts=starts + len(passage.prompt),
-        ends=ends + len(passage.prompt),
-        passage_starts=np.zeros(len(ends), dtype=np.int64),
-        logprobs=logprobs[:, None],
-        prompt_bits=np.full((len(ends), 1), bits),
-    )
-
-
 def _end_logprob(engine: Engine, session: Session, ids: Ids) -> float:
     """Return the natural log-probability that a text ends after ids."""
     ends = sorted(engine.vocabulary.end_ids)
@@ -165,16 +214,9 @@ def _end_logprob(engine: Engine, session: Session, ids: Ids) -> float:
     return float(np.logaddexp.reduce(values[ends]) - np.logaddexp.reduce(values))
 
 
-def _cache_path(
-    engine: Engine,
-    model: str,
-    encoded: Sequence[EncodedPassage],
-    passages: Sequence[Passage],
-) -> Path:
-    """Return a cache file for a member's scores of these passages: a hash of the model, the text and its split."""
-    parts = [
-        part
-        for (ids, _), passage in zip(encoded, passages, strict=True)
-        for part in (ids.tobytes(), passage.prompt, passage.data, b"ends" if passage.scores_end else b"")
-    ]
-    return cache.path_of([PASSAGE_BYTES, engine.name, dict(engine.details), model], parts)
+def prompt_bits(logprobs: Floats, prompt: bytes) -> float:
+    """Return bits per byte of a prompt from the log-probabilities of a member's tokens of it, (n,).
+
+    Without a prompt it is 0, whatever tokens begin the text.
+    """
+    return float(-logprobs.sum() / np.log(2) / len(prompt)) if prompt else 0.0

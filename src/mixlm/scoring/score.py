@@ -27,16 +27,13 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import Prompt
 from mixlm.models.resolve import resolve
 from mixlm.routing.base import observed_by
-from mixlm.scoring.marginal_scores import ScoringMember, marginal_scores
-from mixlm.scoring.member_scores import member_scores
-from mixlm.scoring.observed import EncodedPassage, observed_states
-from mixlm.scoring.passages import Before, Passage, answer_passages, bare_passages, split_passages
+from mixlm.scoring.marginal_scores import marginal_scores
+from mixlm.scoring.member_scores import EncodedPassage, member_scores, observed_states
+from mixlm.scoring.passages import Before, Passage, answer_passages, bare_passages
 from mixlm.scoring.scores import Scores
 from mixlm.terminal import Progress
 from mixlm.tokenization.segments import common_boundaries, encode_exactly, first_tokens
 from mixlm.types import Ids
-
-__all__ = ["Scores", "identity", "score", "score_answers", "score_passages", "split_passages"]
 
 
 def score(
@@ -147,31 +144,24 @@ def score_passages(
             "use --unit piece, or features of the text alone",
         )
     if not traits.full_distributions and not by_segment:
-        models: Sequence[str | None] = identities or [None] * len(ensemble.members)
-        members = [
-            ScoringMember(member.name, member.engine, model)
-            for member, model in zip(ensemble.members, models, strict=True)
-        ]
-        return marginal_scores(ensemble.unit, members, ensemble.weights, passages, progress)
+        return marginal_scores(ensemble, passages, identities, progress)
     # A text that some member cannot read is refused before any member runs.
     encoded = [
         [_encode(member.engine, passage, i) for passage in passages] for i, member in enumerate(ensemble.members)
     ]
+    models = identities or [None] * len(ensemble.members)
     known: dict[tuple[int, bytes], Scores] = {}
     parts: list[Scores] = []
     for i, member in enumerate(ensemble.members):
         # Members that share a model score alike, unless their templates differ.
         key = (id(member.engine), b"".join(passage.prefixes[i].tobytes() for passage in passages))
         if key not in known:
-            model = identities[i] if identities else None
-            known[key] = member_scores(member, passages, encoded[i], model, progress)
+            known[key] = member_scores(member, passages, encoded[i], models[i], progress)
         parts.append(known[key])
     if observes is not None:
-        member = ensemble.members[observes.member]
-        pairs = list(zip(passages, encoded[observes.member], strict=True))
-        model = identities[observes.member] if identities else None
-        states = observed_states(member.engine, observes, pairs, name=member.name, model=model, progress=progress)
-        parts[observes.member] = replace(parts[observes.member], observed=states)
+        i = observes.member
+        states = observed_states(ensemble.members[i], observes, passages, encoded[i], models[i], progress)
+        parts[i] = replace(parts[i], observed=states)
     scores = join_members(ensemble.names, parts, shared_vocabulary=traits.shared_vocabulary)
     return replace(scores, seconds=sum(part.seconds for part in known.values()))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +14,11 @@ from mixlm.routing import Router
 from mixlm.routing.base import observed_by
 from mixlm.routing.given_text import features_along, segments_by_passage, weights_along
 from mixlm.routing.observation import ObservedStates
-from mixlm.tokenization.segments import segment_strings
+from mixlm.scoring.passages import Passage
+from mixlm.tokenization.segments import Offsets, segment_strings
 from mixlm.types import Floats
 
-# The arrays by their keys in npz files.
-_ARRAYS = {
-    "starts": "starts",
-    "ends": "ends",
-    "begins": "passage_starts",
-    "logprobs": "logprobs",
-    "prompts": "prompt_bits",
-}
+_BY_SEGMENT = ("starts", "ends", "passage_starts", "logprobs", "prompt_bits")
 # How far from the requested share, as a share of all bytes, a text may be split to keep its passages whole.
 _TOLERANCE = 0.1
 
@@ -60,6 +52,23 @@ class Scores:
     prompt_bits: Floats
     seconds: float = 0.0
     observed: ObservedStates | None = None
+
+    @classmethod
+    def of_passage(
+        cls, names: tuple[str, ...], unit: str, passage: Passage, starts: Offsets, logprobs: Floats, prompt_bits: Floats
+    ) -> Scores:
+        """Return the scores of one passage. starts: where its segments begin in its data. prompt_bits: (members,)."""
+        before = len(passage.prompt)
+        return cls(
+            names,
+            unit,
+            passage.prompt + passage.data,
+            starts + before,
+            np.append(starts[1:], len(passage.data)) + before,
+            np.zeros(len(starts), dtype=np.int64),
+            logprobs,
+            np.tile(prompt_bits, (len(starts), 1)),
+        )
 
     @property
     def size(self) -> int:
@@ -96,7 +105,7 @@ class Scores:
 
         Seconds are divided by bytes.
         """
-        selected = replace(self, **{name: getattr(self, name)[segments] for name in _ARRAYS.values()})
+        selected = replace(self, **{name: getattr(self, name)[segments] for name in _BY_SEGMENT})
         if self.observed is not None:
             selected = replace(selected, observed=self.observed.select(segments))
         return replace(selected, seconds=self.seconds * selected.size / max(self.size, 1))
@@ -117,33 +126,6 @@ class Scores:
             }
             for segment, text in enumerate(self.strings())
         ]
-
-    def save(self, path: str | Path) -> None:
-        """Write the scores as an npz file, without what was observed."""
-        arrays = {key: getattr(self, name) for key, name in _ARRAYS.items()}
-        text = np.frombuffer(self.text, dtype=np.uint8)
-        with open(path, "wb") as file:
-            names, unit, seconds = np.array(self.names), np.array(self.unit), np.array(self.seconds)
-            np.savez(file, names=names, unit=unit, text=text, seconds=seconds, **arrays)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Scores:
-        """Read what `save` wrote. Raises ConfigError when the file cannot be read or holds something else."""
-        try:
-            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-                arrays = {name: file[key] for key, name in _ARRAYS.items()}
-                names = tuple(str(name) for name in file["names"])
-                fields = {"seconds": float(file["seconds"]), **arrays}
-                scores = cls(names, str(file["unit"]), file["text"].tobytes(), **fields)
-        except OSError as error:
-            raise ConfigError(f"the scores in {path} cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, EOFError, AttributeError, TypeError, BadZipFile) as error:
-            raise ConfigError(f"{path} holds no scores: {error}") from error
-        count = len(scores.starts)
-        shapes = {scores.logprobs.shape, scores.prompt_bits.shape}
-        if shapes != {(count, len(names))} or len(scores.ends) != count or len(scores.passage_starts) != count:
-            raise ConfigError(f"{path} holds no scores: its arrays do not fit each other")
-        return scores
 
 
 def concatenate(scores: Sequence[Scores]) -> Scores:

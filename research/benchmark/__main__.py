@@ -15,7 +15,6 @@ from mixlm.cli.bench import (
     PromptOption,
     RepeatsOption,
     TokensOption,
-    check_output,
     number_text,
     prompt_and_methods,
     show,
@@ -79,7 +78,8 @@ def benchmark(
     ] = None,
 ) -> int:
     """Measure the speed of every method, or along an axis."""
-    check_output(output)
+    if output not in (None, "-"):
+        check_writable("--output", Path(output))
     if plot is not None:
         from research.figures import require
 

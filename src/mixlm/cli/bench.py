@@ -58,7 +58,8 @@ def bench(
             "mixlm bench measures methods; sweeps, rivals, agreement and figures are run from a clone of mixlm now",
             "there: python -m research.benchmark, with the same options",
         )
-    check_output(output)
+    if output not in (None, "-"):
+        check_writable("--output", Path(output))
     from mixlm.benchmark import BenchPlan
     from mixlm.benchmark import bench as measure
 
@@ -69,12 +70,6 @@ def bench(
         report = measure(ensemble, plan, options=options, progress=progress).as_dict()
     show(report, output, show_runs)
     return 0
-
-
-def check_output(output: str | None) -> None:
-    """Raise ConfigError for a file that cannot be written."""
-    if output not in (None, "-"):
-        check_writable("--output", Path(output))
 
 
 def prompt_and_methods(prompt: str | None, methods: str | None) -> dict[str, Any]:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from mixlm.verification.check import CheckReport
 
 _PROMPT = "Why is the sky blue?"
-_HEADS = ("comparison", "symbol", "distance", "expected", "p-value", "verdict")
-_NUMBERS = frozenset(("symbol", "distance", "expected", "p-value"))
+_HEADS = ("unit", "comparison", "symbol", "distance", "expected", "p-value", "verdict")
 
 
 @with_shared(
@@ -73,9 +72,8 @@ def check(
         else:
             report = equivalence.check(ensemble, prompt, reference=reference, **arguments)
     if as_json:
-        print_json(
-            report.as_dict() | {"engines": engines_by_member(ensemble)} | ({"left_out": skipped} if every_unit else {})
-        )
+        form = {**report.as_dict(), "engines": engines_by_member(ensemble)}
+        print_json({**form, "left_out": skipped} if every_unit else form)
     else:
         _show(report)
         print_lines(f"Members run in {engines_text(ensemble)}.")
@@ -103,10 +101,9 @@ def _as_reference(config: EnsembleConfig, models: list[str], weights: list[float
 
 def _show(report: CheckReport) -> None:
     units = list(dict.fromkeys(comparison.unit for comparison in report.comparisons))
-    several = len(units) > 1
     rows = [
         (
-            *([comparison.unit] if several else []),
+            comparison.unit,
             f"{comparison.left} / {comparison.right}",
             str(comparison.position),
             f"{comparison.total_variation:.4f}",
@@ -117,10 +114,9 @@ def _show(report: CheckReport) -> None:
         for comparison in report.comparisons
     ]
     styles = ["green" if comparison.equal else "bold red" for comparison in report.comparisons]
-    print_table(("unit", *_HEADS) if several else _HEADS, rows, right=_NUMBERS, styles=styles)
+    first = 0 if len(units) > 1 else 1  # without a column for a single unit
+    print_table(_HEADS[first:], [row[first:] for row in rows], right=set(_HEADS[2:-1]), styles=styles)
     samples = max(comparison.samples for comparison in report.comparisons)
-    scope = f"{samples} completions per method, {'units' if several else 'unit'} {', '.join(units)}"
-    if report.equal:
-        console().print(f"No difference was found: {scope}.", style="green")
-    else:
-        console().print(f"The methods do not sample from one distribution: {scope}.", style="bold red")
+    scope = f"{samples} completions per method, unit{'s' if len(units) > 1 else ''} {', '.join(units)}"
+    outcome = "No difference was found" if report.equal else "The methods do not sample from one distribution"
+    console().print(f"{outcome}: {scope}.", style="green" if report.equal else "bold red")

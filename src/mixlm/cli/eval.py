@@ -112,10 +112,7 @@ def _list(as_json: bool) -> int:
 
 
 def _show(results: Results) -> None:
-    rows = []
-    for method in results.methods:
-        scores = [results.score(task, method) for task in results.tasks]
-        rows.append((method, *(_cell(score) for score in scores)))
+    rows = [(method, *(_cell(results.score(task, method)) for task in results.tasks)) for method in results.methods]
     first = [results.score(task, results.methods[0]) for task in results.tasks]
     heads = ("method", *(f"{score.task}\n{score.metric}, {score.count} questions" for score in first))
     print_table(heads, rows, right=frozenset(heads[1:]))

@@ -163,7 +163,7 @@ def relative_path(path: Path, output: Path) -> str:
 
 def write_ensemble(config: EnsembleConfig, output: Path, weights: Sequence[float | None], **changes: Any) -> str:
     """Write an ensemble file with these weights, and other changes. Returns a line about it."""
-    from mixlm.config_file import write_config
+    from mixlm.config import write_config
 
     members = tuple(_with_weight(member, weight) for member, weight in zip(config.members, weights, strict=True))
     write_config(config.model_copy(update={"members": members, **changes}), output)

@@ -199,7 +199,7 @@ def score_texts(
         ensemble: The ensemble.
         texts: Texts by name.
         pairs: The prompts and answers of those texts that consist of them, by name.
-        models: What identifies each member's model in the cache of scores; None to bypass the cache.
+        models: What `model_identities` returns.
         ends: Whether to score the ends of answers; None for the default.
         system: The system message for prompts; None for the ensemble's own.
         before: What stands in front of texts without prompts.
@@ -211,11 +211,12 @@ def score_texts(
     for name, text in texts.items():
         try:
             with progress_bars() as progress:
-                arguments: dict[str, Any] = {"progress": progress, "identities": models}
                 if name in pairs:
-                    scores[name] = score_answers(ensemble, pairs[name], settings=settings, ends=ends, **arguments)
+                    scores[name] = score_answers(
+                        ensemble, pairs[name], settings=settings, ends=ends, progress=progress, identities=models
+                    )
                 else:
-                    scores[name] = score(ensemble, text, before=before, **arguments)
+                    scores[name] = score(ensemble, text, before=before, progress=progress, identities=models)
         except UsageError as error:
             # Among several files, the message must say which one it means.
             raise type(error)(f"{name}: {error.message}" if len(texts) > 1 else error.message, error.hint) from error
@@ -235,19 +236,12 @@ def _bytes(file: Path) -> bytes:
         raise ConfigError(f"{file} cannot be read: {error.strerror}", "give a text file") from error
 
 
-def check_writable(option: str, path: Path | None, *, force: bool = True) -> None:
-    """Check that an output file can be written, before long work starts.
-
-    Args:
-        option: The option that names the file.
-        path: The file.
-        force: Whether a file that exists may be overwritten without asking.
+def check_writable(option: str, path: Path, *, force: bool = True) -> None:
+    """Check that the output file of an option can be written, before long work starts.
 
     Raises:
-        ConfigError: It cannot, or it exists and may not be overwritten.
+        ConfigError: It cannot; or it exists, and without `force` a user does not allow to overwrite it.
     """
-    if path is None:
-        return
     if not force and path.is_file() and not _confirms_overwriting(path):
         raise ConfigError(f"{option} {path} exists", "name another file, or add --force to overwrite it")
     reason = None

@@ -36,10 +36,8 @@ def open_ensemble(
         shared: The shared options of the command.
         options: The generation options of the command.
         dtype: The dtype of members for which neither an option nor the ensemble file sets one.
-        engines: Engines to reuse; see `load_config`.
-        load_engine: Loads an engine, in place of `mixlm.engines.load`.
         one_method: Whether the command uses no other method than the ensemble's.
-        sequences: How many sequences will run together.
+        engines, load_engine, sequences: See `load_config`.
 
     Raises:
         ConfigError, UsageError: The options do not fit; raised before anything is loaded.

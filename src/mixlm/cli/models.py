@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -10,9 +10,6 @@ from mixlm.cli.display import print_json, print_table
 from mixlm.cli.groups import Command, CommandGroup
 from mixlm.errors import UsageError
 from mixlm.terminal import visible
-
-if TYPE_CHECKING:
-    from mixlm.models.cache import InstalledModel
 
 models = typer.Typer(name="models", cls=CommandGroup, add_completion=False, rich_markup_mode=None)
 
@@ -109,25 +106,20 @@ def _rows() -> list[dict[str, Any]]:
     by_name = {model.name: model for model in installed()}
     rows = []
     for name in dict.fromkeys([*CATALOG, *by_name]):
-        known = CATALOG.get(name)
-        row = _installed(by_name.get(name))
-        if known is not None:
-            row["size_bytes"] = row["size_bytes"] or known.size
-            row["licence"] = row["licence"] or known.licence
-        title, chat = (known.title, known.chat) if known is not None else (None, None)
-        rows.append({"name": name, "title": title, "chat": chat, **row})
+        known, model = CATALOG.get(name), by_name.get(name)
+        row = {
+            "name": name,
+            "title": known and known.title,
+            "chat": known and known.chat,
+            "installed": model is not None,
+            "size_bytes": (model and model.size_bytes) or (known and known.size),
+            "dtype": model and model.dtype,
+            "licence": (model and model.licence) or (known and known.licence),
+            "source": model and model.source,
+            "path": model and str(model.path),
+        }
+        rows.append(row)
     return rows
-
-
-def _installed(model: InstalledModel | None) -> dict[str, Any]:
-    return {
-        "installed": model is not None,
-        "size_bytes": model.size_bytes if model else None,
-        "dtype": model.dtype if model else None,
-        "licence": model.licence if model else None,
-        "source": model.source if model else None,
-        "path": str(model.path) if model else None,
-    }
 
 
 def _size(size: int | None) -> str:

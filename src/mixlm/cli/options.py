@@ -139,8 +139,7 @@ class Shared:
             UsageError: Options exclude each other.
             ModelNotFoundError: No model is named, and the demo pair is not installed.
         """
-        from mixlm.config import EnsembleConfig, MemberConfig
-        from mixlm.config_file import read_config
+        from mixlm.config import EnsembleConfig, MemberConfig, read_config
 
         allowed = {"method": METHODS, "unit": UNITS, "dtype": DTYPES, "graphs": GRAPHS, "quantization": QUANTIZATIONS}
         for name, choices in allowed.items():

@@ -67,7 +67,8 @@ def score(
     Members are scored as they are, without sampling options; the mixture uses the ensemble's weights or its router.
     With --rule, the log-probability under that combination is given too, exactly.
     """
-    check_writable("--html", html)
+    if html is not None:
+        check_writable("--html", html)
     if before is not None:
         OptionSpec(choices=_BEFORE).check("--before", before)
     texts = read_texts(files or [])

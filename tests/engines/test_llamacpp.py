@@ -92,7 +92,7 @@ def test_a_tokenizer_is_converted_once_and_without_the_weights(file, monkeypatch
     monkeypatch.setenv("MIXLM_CACHE", str(tmp_path))
     folder = tokenizer_folder(find_gguf(file))
     assert not list(folder.glob("*.safetensors"))
-    monkeypatch.setattr("mixlm.models.convert.write_tokenizer", lambda *_: pytest.fail("it was converted again"))
+    monkeypatch.setattr("mixlm.models.gguf.write_tokenizer", lambda *_: pytest.fail("it was converted again"))
     assert tokenizer_folder(find_gguf(file)) == folder
 
 

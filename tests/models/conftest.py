@@ -13,7 +13,7 @@ import pytest
 from ggufs import write_tiny_gguf
 from rich.console import Console
 
-from mixlm.models import convert, fetch
+from mixlm.models import fetch, gguf
 from mixlm.models.catalog import CATALOG, CatalogModel, WheelFile
 from mixlm.terminal import ProgressDisplay
 
@@ -103,9 +103,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> CatalogModel:
     def convert_weights(_path: Path, folder: Path, *_: object) -> None:
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(convert, "convert_gguf", convert_weights)
-    monkeypatch.setattr(convert, "read_metadata", read)
-    monkeypatch.setattr(convert, "write_tokenizer", write)
+    monkeypatch.setattr(gguf, "convert_gguf", convert_weights)
+    monkeypatch.setattr(gguf, "read_metadata", read)
+    monkeypatch.setattr(gguf, "write_tokenizer", write)
     return model
 
 

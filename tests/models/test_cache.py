@@ -12,10 +12,10 @@ from mixlm.models.cache import (
     ModelMetadata,
     cache_root,
     find,
+    install,
     installed,
     model_folder,
 )
-from mixlm.models.install import install
 from mixlm.terminal import ProgressDisplay
 
 INFO = ModelMetadata("here", "00", "bfloat16", "llama", (0,), (1,), 64, "Test licence")

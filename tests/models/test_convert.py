@@ -8,9 +8,9 @@ from typing import ClassVar
 import pytest
 
 from mixlm.errors import ConfigError, ModelLoadError, ModelNotFoundError
-from mixlm.models import convert as convert_module
+from mixlm.models import gguf as gguf_module
 from mixlm.models.cache import find, installed, read_info
-from mixlm.models.convert import converted
+from mixlm.models.gguf import converted
 from mixlm.models.header import GgufHeader, read_header
 from mixlm.models.resolve import resolve
 from mixlm.terminal import Stage
@@ -102,8 +102,8 @@ def test_a_file_is_converted_once_whole_and_silently(tmp_path, write_gguf, quiet
     # The vocabulary has no such token, so that this is text.
     assert max(tokenizer("<|endoftext|>").input_ids) < len(tokenizer) == 260
 
-    monkeypatch.setattr(convert_module, "convert_gguf", None)
-    monkeypatch.setattr(convert_module.hashlib, "sha256", None)
+    monkeypatch.setattr(gguf_module, "convert_gguf", None)
+    monkeypatch.setattr(gguf_module.hashlib, "sha256", None)
     assert converted(path, "float32", quiet) == folder
     assert resolve(str(path), "float32").name == "my model"
     assert resolve(folder.name).path_or_id == str(folder)
@@ -126,7 +126,7 @@ def test_progress_counts_tensors(tmp_path, write_gguf):
             self.totals.add(total)
 
     (tmp_path / "out").mkdir()
-    convert_module.convert_gguf(write_gguf(tmp_path / "a.gguf"), tmp_path / "out", "bfloat16", Seen())
+    gguf_module.convert_gguf(write_gguf(tmp_path / "a.gguf"), tmp_path / "out", "bfloat16", Seen())
     assert 11 in Seen.totals
 
 

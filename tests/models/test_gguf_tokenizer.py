@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mixlm.errors import ModelLoadError, UnsupportedError
 from mixlm.models.cache import TOKENIZER_VERSION, read_info, write_info
-from mixlm.models.convert import ensure_tokenizer
+from mixlm.models.gguf import ensure_tokenizer
 from mixlm.models.gguf_tokenizer import PRE_TOKENIZERS, _last_merges, write_tokenizer
 from mixlm.models.header import read_metadata
 from mixlm.models.resolve import resolve
@@ -233,7 +233,7 @@ def test_sentencepiece_with_equal_scores_is_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_of_an_older_version_is_made_anew(tmp_path: Path, write_gguf: Callable[..., Path], quiet) -> None:
     from dataclasses import replace
 
-    from mixlm.models.convert import converted
+    from mixlm.models.gguf import converted
 
     folder = converted(write_gguf(tmp_path / "a.gguf"), "float32", quiet)
     info = read_info(folder)

@@ -7,9 +7,8 @@ import pytest
 
 import mixlm
 from mixlm.errors import ModelLoadError, ModelNotFoundError
-from mixlm.models.cache import installed
+from mixlm.models.cache import installed, remove
 from mixlm.models.fetch import fetch_models
-from mixlm.models.install import remove
 from mixlm.models.resolve import resolve
 
 

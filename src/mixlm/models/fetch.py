@@ -19,11 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mixlm.errors import DownloadError, MixlmError, ModelLoadError, ModelNotFoundError, did_you_mean
-from mixlm.models.cache import GGUF_FILE, InstalledModel, ModelMetadata, file_name, read_info
+from mixlm.models.cache import GGUF_FILE, InstalledModel, ModelMetadata, file_name, install, read_info
 from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel, WheelFile, expand
-from mixlm.models.convert import add_tokenizer, check_gguf, checksum
+from mixlm.models.gguf import add_tokenizer, check_gguf, checksum
 from mixlm.models.header import read_header
-from mixlm.models.install import install
 from mixlm.models.resolve import check_hub, check_no_page, hub_file, hub_files
 from mixlm.terminal import ProgressDisplay
 

@@ -60,7 +60,7 @@ def resolve(spec: str, dtype: str = "bfloat16", revision: str | None = None) -> 
                 f"there is no file {spec} here; a file of the Hugging Face hub is fetched first",
                 f"mixlm models get {spec}",
             )
-        from mixlm.models.convert import converted
+        from mixlm.models.gguf import converted
 
         return ResolvedModel(str(converted(path, dtype)), path.stem)
     if installed_model is None and spec in CATALOG:
@@ -68,7 +68,7 @@ def resolve(spec: str, dtype: str = "bfloat16", revision: str | None = None) -> 
     if installed_model:
         folder = installed_model.path
         if not is_converted(folder):
-            from mixlm.models.convert import ensure_tokenizer, ensure_weights
+            from mixlm.models.gguf import ensure_tokenizer, ensure_weights
 
             folder = ensure_tokenizer(ensure_weights(folder))
         return ResolvedModel(str(folder), installed_model.name)

@@ -71,7 +71,7 @@ def test_buffers_side_by_side_are_taken_from_the_first_slot_on_and_go_together()
 def test_a_slot_that_could_not_be_filled_is_free_again(monkeypatch):
     pool = KVBufferPool(slots=2)
     cache = filled(pool, 20)
-    monkeypatch.setattr(KVCache, "_copy", lambda *_: 1 / 0)
+    monkeypatch.setattr(KVBuffer, "fill", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cache.reserve(5000)
     assert cache.reserve(0).size == 4096

@@ -16,11 +16,10 @@ from test_transformers_engine import build, load
 from mixlm.engines.contract import assert_close, random_ids, uncached
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.transformers import load_trial
-from mixlm.engines.transformers.attention import AttentionForm
+from mixlm.engines.transformers.attention import AttentionForm, Lengths, VarlenKernel
 from mixlm.engines.transformers.kv_cache import KVBufferPool, KVCache
 from mixlm.engines.transformers.packed_sequences import PackedSequences
 from mixlm.engines.transformers.runner import _SLOTS
-from mixlm.engines.transformers.varlen import Lengths, VarlenKernel
 
 HEADS, GROUPS, SIZE, LAYERS = 2, 3, 8, 2
 

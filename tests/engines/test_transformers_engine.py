@@ -168,7 +168,7 @@ def test_models_run_several_sequences_at_once_where_that_gives_the_same(folders,
         assert details["forwards"] == path
         assert details["not batched"] == "it has layers of the kind linear_attention"
         assert details["snapshots"].startswith("up to 12 of 0.00")
-    monkeypatch.setattr("mixlm.engines.transformers.attention._SUPPORTED_OPTIONS", {"attention_batch"})
+    monkeypatch.setattr("mixlm.engines.transformers.attention._OTHER_OPTIONS", set())
     asks_for_more = load(folders("llama"))
     assert not asks_for_more.runner.batches
     ids = random_ids(asks_for_more, 12)

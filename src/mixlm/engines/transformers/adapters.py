@@ -38,12 +38,8 @@ _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 class Adapters:
     """Adapters in the layers of a model, of which one or none is applied. Whoever uses it holds the model's lock.
 
-    sizes: bytes of each adapter. layers: those of PEFT in the model. active: the one that is applied.
-
-    Args:
-        model: of transformers.
-        name: for messages.
-        attention: the implementation that the model has by itself.
+    sizes: bytes of each adapter. layers: those of PEFT in the model. active: the one that is applied. attention: the
+    implementation that the model has by itself.
     """
 
     def __init__(self, model: Any, name: str, attention: str | None) -> None:
@@ -189,11 +185,7 @@ def _replaced_weight(model: Any, weights: dict[str, Any]) -> str | None:
 def peft_logits(model: Any, adapter: str, name: str, ids: Any) -> Any:
     """Return the logits of PEFT's own forward pass with an adapter, which is loaded for it and removed again.
 
-    Args:
-        model: The model, without or with other adapters in its layers.
-        adapter: A folder or hub id.
-        name: For the adapter in the layers, of no other adapter.
-        ids: int64 (1, tokens).
+    name: for the adapter in the layers, of no other adapter. ids: int64 (1, tokens).
     """
     from peft import PeftModel
 

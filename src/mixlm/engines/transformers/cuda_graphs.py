@@ -13,6 +13,7 @@ Without CUDA the same pass runs eagerly: slower than the plain one, but with equ
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -118,14 +119,12 @@ class CapturedForward(FixedShapeForward):
 
     def run(self, buffer: KVBuffer) -> torch.Tensor:
         """Return the logits, (outputs, vocab), valid until the next run."""
+        run, device = partial(super().run, buffer), self._model.device
         if self._logits is None:
-            self._logits = warm_up(lambda: FixedShapeForward.run(self, buffer), self._model.device)
-        elif self._graph is None:
-            self._graph, self._logits = capture(
-                lambda: FixedShapeForward.run(self, buffer), self._model.device, self._pool
-            )
-            self._graph.replay()
+            self._logits = warm_up(run, device)
         else:
+            if self._graph is None:
+                self._graph, self._logits = capture(run, device, self._pool)
             self._graph.replay()
         return self._logits
 
@@ -209,13 +208,10 @@ class CudaGraphRunner:
         return forward.run(buffer)
 
     def _forward(self, buffer: KVBuffer, tokens: int, outputs: int) -> FixedShapeForward:
-        forward: FixedShapeForward | None = buffer.graphs.get((tokens, outputs))
-        if forward is None:
-            if self.captures:
-                forward = CapturedForward(self._model, self._norms, tokens, outputs, pool=self._graph_pool)
-            else:
-                forward = FixedShapeForward(self._model, self._norms, tokens, outputs)
-            buffer.graphs[tokens, outputs] = forward
+        if (tokens, outputs) not in buffer.graphs:
+            new = partial(CapturedForward, pool=self._graph_pool) if self.captures else FixedShapeForward
+            buffer.graphs[tokens, outputs] = new(self._model, self._norms, tokens, outputs)
+        forward: FixedShapeForward = buffer.graphs[tokens, outputs]
         return forward
 
 

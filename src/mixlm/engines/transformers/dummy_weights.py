@@ -135,6 +135,4 @@ def create_model(shape: Mapping[str, Any], dtype: Any, device: Any) -> Any:
 
 def from_shape(shape: Mapping[str, Any], dtype: Any) -> Any:
     """Return the model on torch's current default device, with the weights of its initialisation."""
-    config_fields = dict(shape)
-    config = AutoConfig.for_model(config_fields.pop("model_type"), **config_fields)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=dtype)

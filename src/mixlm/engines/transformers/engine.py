@@ -17,7 +17,6 @@ from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.model_loading import (
     context_length,
-    hidden_size,
     load_model,
     parse_device,
     parse_dtype,
@@ -31,13 +30,8 @@ from mixlm.engines.transformers.self_test import max_length
 class HFEngine(Engine):
     """A causal language model of transformers.
 
-    Args:
-        name: of the model.
-        text: its prompts and vocabulary.
-        context_length: in tokens.
-        runner: the model with the engine's adapter, if any.
-        details: for reports, beside dtype, device, adapter and what the runner adds.
-        tokenizer: what `with_spec` makes other prompts of; without one it returns None.
+    runner: the model with the engine's adapter, if any. details: for reports, beside what every model has and what the
+    runner adds. tokenizer: what `with_spec` makes other prompts of; without one it returns None.
     """
 
     def __init__(
@@ -56,7 +50,7 @@ class HFEngine(Engine):
         self.device = self.model.device
         self.adapter = runner.adapter
         self.weights_bytes = sum(self.weight_parts.values())
-        self.hidden_size = hidden_size(self.model)
+        self.hidden_size = int(self.model.get_output_embeddings().weight.shape[1])
         self.details = {
             "engine": "transformers",
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -76,8 +70,7 @@ class HFEngine(Engine):
             TokenizerError: its tokens cannot be mapped to bytes.
             MemoryLimitError: the device has too little memory.
         """
-        trusted = spec.trust_remote_code
-        tokenizer = TokenizerSetup.load(source, spec.name, trust_remote_code=trusted)
+        tokenizer = TokenizerSetup.load(source, spec.name, trust_remote_code=spec.trust_remote_code)
         device = parse_device(spec.device)
         dtype = parse_dtype(spec.dtype, device)
         options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
@@ -119,7 +112,6 @@ class HFEngine(Engine):
     @classmethod
     def _of_runner(cls, spec: EngineSpec, tokenizer: TokenizerSetup, runner: ModelRunner) -> HFEngine:
         """Return the engine of a spec on a model that is loaded and tried out."""
-        vocab_size = vocabulary_size(runner.model)
         notes = list(runner.loaded.notes)
         if not runner.keeps_cache:
             notes.append(f"{spec.name} cannot roll back its state: it runs the whole text for every token")
@@ -127,7 +119,7 @@ class HFEngine(Engine):
         if (longest := max_length(runner.model.config)) < length:
             length = longest
             notes.append(f"{spec.name} takes {length} tokens: behind them its attention selects some of the text")
-        text = tokenizer.text_interface(spec, vocab_size, notes=notes)
+        text = tokenizer.text_interface(spec, vocabulary_size(runner.model), notes=notes)
         stored = quantization(runner.model, spec)
         details = {} if stored is None else {"quantization": stored}
         return cls(spec.name, text, length, runner, details, tokenizer)
@@ -183,7 +175,6 @@ class HFEngine(Engine):
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Serve all requests, in one forward pass where they fit and the model can."""
         # A session of another type, such as one that caches responses, is served by itself.
-        batched = self.runner.batches and all(isinstance(session, HFSession) for session, _ in requests)
-        if not batched:
-            return super().respond(requests)
-        return self.runner.respond(cast("Sequence[tuple[Session, ForwardRequest]]", requests))
+        if self.runner.batches and all(isinstance(session, HFSession) for session, _ in requests):
+            return self.runner.respond(cast("Sequence[tuple[Session, ForwardRequest]]", requests))
+        return super().respond(requests)

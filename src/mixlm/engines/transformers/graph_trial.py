@@ -23,11 +23,8 @@ from mixlm.types import Candidates, Logits, Sampling
 def fixed_shapes(plain: ModelRunner, *, capture: bool) -> ModelRunner | None:
     """Return a runner with short passes in fixed shapes, if they give what the plain ones give.
 
-    They are tried new, captured and replayed. Where that is right too, the runner runs ahead.
-
-    Args:
-        plain: the runner without.
-        capture: whether they are captured as CUDA graphs.
+    They are tried new, captured and replayed. Where that is right too, the runner runs ahead. capture: whether they are
+    captured as CUDA graphs.
     """
     if not plain.batches or plain.frequencies is not None:
         return None

@@ -127,6 +127,12 @@ class KVBuffer:
         """The tensors of each layer, (KV heads, size, head dimension)."""
         return {layer: (keys[self.slot], values[self.slot]) for layer, (keys, values) in list(self.slab.layers.items())}
 
+    def fill(self, start: int, segment: Segment) -> None:
+        """Write the tokens of a segment from `start` on."""
+        for layer, tensors in segment.layers.items():
+            for target, source in zip(self.layer(layer, *tensors), tensors, strict=True):
+                target[:, start : start + segment.tokens] = source
+
     @property
     def nbytes(self) -> int:
         """Memory of its tensors, if all of it is written."""
@@ -218,18 +224,13 @@ class KVCache:
             buffer = self._pool.acquire(max(tokens, self.length))
             if old is not None:
                 try:
-                    self._copy(old, buffer)
+                    buffer.fill(0, Segment(old.size, old.layers).cut(0, self.length))
                 except BaseException:
                     self._pool.release(buffer)
                     raise
                 self._pool.release(old)
             old = self._buffer = buffer
         return old
-
-    def _copy(self, source: KVBuffer, target: KVBuffer) -> None:
-        for layer, tensors in source.layers.items():
-            for new, old in zip(target.layer(layer, *tensors), tensors, strict=True):
-                new[:, : self.length] = old[:, : self.length]
 
     def nearest(self, length: int) -> int:
         """Return the length to which `truncate` would cut: that length."""
@@ -246,18 +247,14 @@ class KVCache:
 
     def copy_segment(self, start: int, end: int) -> Segment:
         """Return a copy of keys and values of the tokens from `start` to `end`."""
-        layers = {} if self._buffer is None else self._buffer.layers
-        return Segment(end - start, {i: (k[:, start:end], v[:, start:end]) for i, (k, v) in layers.items()}).copy()
+        return Segment(self.length, {} if self._buffer is None else self._buffer.layers).cut(start, end).copy()
 
     def load(self, segments: Sequence[Segment], length: int) -> None:
         """Fill an empty cache with the `length` tokens of segments."""
         buffer, start = self.reserve(length), 0
         for segment in segments:
-            end = start + segment.tokens
-            for layer, tensors in segment.layers.items():
-                for target, source in zip(buffer.layer(layer, *tensors), tensors, strict=True):
-                    target[:, start:end] = source
-            start = end
+            buffer.fill(start, segment)
+            start += segment.tokens
         self.length = length
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

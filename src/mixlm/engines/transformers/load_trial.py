@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from mixlm.engines.transformers.runner import ForwardPath, HFSession, ModelRunne
 from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
 from mixlm.types import Logits
 
-if TYPE_CHECKING:
-    from mixlm.engines.transformers.varlen import VarlenKernel
-
 # Kinds of layers that each path is tried for: a trial tells of others up to its own length only.
 _BATCHED_LAYERS = {"full_attention", "sliding_attention"}
 _RECURRENT_LAYERS = _BATCHED_LAYERS | {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "moe", "mlp"}
@@ -43,10 +40,8 @@ _WITHOUT_STATE = (ForwardPath.PACKED, ForwardPath.CROPPED)
 def load_runner(loaded: LoadedModel, graphs: str = "auto", prefix_cache_bytes: int = 0) -> ModelRunner:
     """Return the runner of a model, without an adapter.
 
-    Args:
-        loaded: the model.
-        graphs: "auto" uses fixed shapes on CUDA where the model can, "on" wherever it can, "off" nowhere.
-        prefix_cache_bytes: of texts that are kept for other sequences, 0 for none.
+    graphs: "auto" uses fixed shapes on CUDA where the model can, "on" wherever it can, "off" nowhere.
+    prefix_cache_bytes: of texts that are kept for other sequences, 0 for none.
 
     Raises:
         ModelLoadError: the model cannot run.
@@ -69,13 +64,9 @@ def load_runner(loaded: LoadedModel, graphs: str = "auto", prefix_cache_bytes: i
     return runner
 
 
-def varlen_kernels(device: torch.device) -> list[VarlenKernel]:
+def varlen_kernels(device: torch.device) -> list[attention.VarlenKernel]:
     """Return the kernels that are installed for a device, in the order in which they are tried."""
-    if device.type != "cuda":
-        return []
-    from mixlm.engines.transformers.varlen import KERNELS
-
-    return [kernel for kernel in KERNELS if find_spec(kernel.name) is not None]
+    return [kernel for kernel in attention.KERNELS if device.type == "cuda" and find_spec(kernel.name) is not None]
 
 
 class _LoadTrial:
@@ -181,11 +172,8 @@ class _LoadTrial:
             return embeddings.nextafter(embeddings.flip(-1))
 
         try:
-            handle = self._model.get_input_embeddings().register_forward_hook(rounded)
-            try:
+            with self._model.get_input_embeddings().register_forward_hook(rounded):
                 changed = HFSession(self._whole).logits(self._ids, len(self._ids))
-            finally:
-                handle.remove()
         except Exception:  # of a model without such embeddings
             return largest
         distance = self._tolerance.distance(zip(changed, expected, strict=True))

@@ -25,13 +25,9 @@ _LARGEST = 65504.0  # of float16
 class LoadedModel:
     """A transformers model that several engines run, each with an adapter of its own or with none.
 
-    size: bytes of the weights without adapters. frequencies: the position frequencies that depend on the length of a
-    sequence; None where there are none. adapters: None before the first. lock: held while a forward pass runs.
-
-    Args:
-        model: of transformers.
-        name: for messages.
-        notes: what a user should know about the weights.
+    name: for messages. notes: what a user should know about the weights. size: bytes of these without adapters.
+    frequencies: the position frequencies that depend on the length of a sequence; None where there are none. adapters:
+    None before the first. lock: held while a forward pass runs.
     """
 
     def __init__(self, model: Any, name: str, notes: Sequence[str] = ()) -> None:

@@ -88,10 +88,9 @@ def load_error(spec: EngineSpec, error: Exception) -> ModelLoadError:
 
 def _on_devices(model: Any) -> Any:
     """Return a model that was spread over devices. Its `device` is where inputs go, also with weights on disk."""
-    places = list(dict.fromkeys(getattr(model, "hf_device_map", {}).values()))
     if model.device.type != "meta":
         return model
-    main = next((place for place in places if place not in ("cpu", "disk")), "cpu")
+    main = next((place for place in model.hf_device_map.values() if place not in ("cpu", "disk")), "cpu")
     device = torch.device("cuda", main) if isinstance(main, int) else torch.device(main)
     model.__class__ = type(type(model).__name__, (type(model),), {"device": property(lambda _: device)})
     return model
@@ -148,11 +147,6 @@ def vocabulary_size(model: Any) -> int:
             f"{type(model).__name__} has no output layer of one vocabulary", "name a causal language model of text"
         )
     return int(weight.shape[0])
-
-
-def hidden_size(model: Any) -> int:
-    """Return how many numbers a hidden state of a model has."""
-    return int(model.get_output_embeddings().weight.shape[1])
 
 
 def quantization(model: Any, spec: EngineSpec) -> str | None:

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mixlm.engines.transformers.attention import AttentionForm, QueryKeyValue, causal_mask
+from mixlm.engines.transformers.attention import AttentionForm, Lengths, QueryKeyValue, VarlenKernel, causal_mask
 from mixlm.engines.transformers.kv_cache import KVBuffer, KVCache
-from mixlm.engines.transformers.varlen import Lengths, VarlenKernel
 from mixlm.types import Ids
 
 _MAX_TOKENS = 16  # of a sequence that attends with others

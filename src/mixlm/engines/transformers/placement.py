@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils import convert_file_size_to_int, get_balanced_memory
 from huggingface_hub import get_local_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
@@ -17,7 +19,6 @@ from mixlm.engines.transformers.model_loading import load_error, parse_device
 from mixlm.errors import ConfigError, MixlmError, did_you_mean
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-_OFFLOAD = "disk"
 # Bytes of one weight of a linear layer, with the scales of blocks of 64 in 4 bits.
 _QUANTIZED_BYTES = {"bitsandbytes-4bit": 0.5625, "bitsandbytes-8bit": 1.0, "torchao-int8": 1.0}
 
@@ -41,7 +42,7 @@ def loading_options(spec: EngineSpec, dtype: Any, device: Any, empty: Callable[[
     if spec.max_memory is not None:
         if not isinstance(spec.device_map, str):
             raise ConfigError("max_memory is given, and device_map does not choose devices", "use --device-map auto")
-        options["max_memory"] = {_device_key(name): _memory_bytes(name, size) for name, size in spec.max_memory}
+        options["max_memory"] = dict(_memory_limit(*limit) for limit in spec.max_memory)
     if spec.attn is not None:
         options["attn_implementation"] = spec.attn
     if spec.quantization is not None:
@@ -56,8 +57,6 @@ def _device_map(spec: EngineSpec, empty: Callable[[], Any]) -> str | dict[str, A
         raise ConfigError(
             f"device is {spec.device!r} and device_map is given", "leave device out: device_map says where layers go"
         )
-    if find_spec("accelerate") is None:
-        raise MixlmError("device_map needs accelerate", "install: pip install 'mixlm[hf]'")
     if isinstance(device_map, str):
         if device_map not in _STRATEGIES:
             raise ConfigError(
@@ -66,7 +65,7 @@ def _device_map(spec: EngineSpec, empty: Callable[[], Any]) -> str | dict[str, A
             )
         return device_map
     places = {
-        module: name if name == _OFFLOAD else str(_present_device(name, f"device_map[{module!r}]"))
+        module: name if name == "disk" else str(_present_device(name, f"device_map[{module!r}]"))
         for module, name in device_map or ()
     }
     model = empty()
@@ -115,9 +114,6 @@ def planned_memory(model: Any, source: str, spec: EngineSpec, dtype: Any, device
         sizes = _file_sizes(source) or sizes
     device_map = options["device_map"]
     if isinstance(device_map, str):
-        from accelerate import infer_auto_device_map
-        from accelerate.utils import get_balanced_memory
-
         limits = options.get("max_memory")
         no_split = list(getattr(model, "_no_split_modules", None) or ())
         if device_map != "sequential":
@@ -182,16 +178,12 @@ def empty_model(source: str, spec: EngineSpec) -> Any:
 def _parameter_sizes(model: Any, quantization: str | None, dtype: Any) -> dict[str, int]:
     """Return the bytes that each parameter will take."""
     output = model.get_output_embeddings()
-    linear = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not output
-    }
+    layers = [item for item in model.named_modules() if isinstance(item[1], torch.nn.Linear) and item[1] is not output]
+    linear = {f"{name}.weight" for name, _ in layers}
+    size = dtype.itemsize if quantization is None else _QUANTIZED_BYTES[quantization]
     return {
-        name: int(
-            parameter.numel() * (_QUANTIZED_BYTES[quantization] if quantization and name in linear else dtype.itemsize)
-        )
-        for name, parameter in model.named_parameters()
+        name: int(weight.numel() * (size if name in linear else dtype.itemsize))
+        for name, weight in model.named_parameters()
     }
 
 
@@ -211,18 +203,11 @@ def _owner(name: str, device_map: Mapping[str, Any]) -> str | None:
     return max(keys, key=len, default=None)
 
 
-def _device_key(name: str) -> int | str:
-    """Return a device as accelerate's `max_memory` names it: an index for a GPU."""
+def _memory_limit(name: str, size: str) -> tuple[int | str, int]:
+    """Return a device as accelerate's `max_memory` names it, an index for a GPU, and its size in bytes."""
     device = _present_device(name, "max_memory")
-    return device.type if device.type == "cpu" else device.index or 0
-
-
-def _memory_bytes(name: str, size: str) -> int:
-    """Return a size of `max_memory` in bytes. name: the device. Raises ConfigError."""
-    from accelerate.utils import convert_file_size_to_int
-
     try:
-        return int(convert_file_size_to_int(size))
+        return device.type if device.type == "cpu" else device.index or 0, int(convert_file_size_to_int(size))
     except (ValueError, OverflowError) as error:
         raise ConfigError(
             f"max_memory of {name} is {size!r}; it must be a number with a unit, 0 or more", "such as 20GiB or 500MB"

@@ -41,11 +41,7 @@ class PositionFrequencies:
         return tuple((length > limit) * (length if changes else 1) for limit, changes in self._rules)
 
     def parts(self, length: int, last: int) -> list[tuple[int, int]]:
-        """Divide the last prefixes of a text into those of equal regimes.
-
-        Returns:
-            Of each part, the length of its longest prefix, and how many prefixes it has.
-        """
+        """Divide the last prefixes of a text by regimes: the length of the longest of each, and how many it has."""
         groups = [list(ends) for _, ends in groupby(range(length - last + 1, length + 1), self.regime)]
         return [(ends[-1], len(ends)) for ends in groups]
 
@@ -60,9 +56,7 @@ class PositionFrequencies:
 def unknown_frequencies(model: Any, longest: int) -> str | None:
     """Return the class of rotary embeddings that a later position changes in a way that is not known here, or None.
 
-    Args:
-        model: The model.
-        longest: How many positions it has.
+    longest: how many positions the model has.
     """
     for module in model.modules():
         if "rotary" not in type(module).__name__.lower() or _rules(module):

@@ -44,11 +44,7 @@ class _Node:
 
 
 class PrefixCache:
-    """The texts that are kept for the sequences of one model.
-
-    Args:
-        max_bytes: Memory of their keys, values and states.
-    """
+    """The texts that are kept for the sequences of one model. max_bytes: of their keys, values and states."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -85,13 +81,9 @@ class PrefixCache:
             return length
 
     def insert(self, key: Hashable, ids: Ids, cache: SequenceCache, *, wait: bool = True) -> None:
-        """Keep a text: what is not kept of it yet is copied from its cache.
+        """Keep a text, the first tokens of a cache: what is not kept of it yet is copied from there.
 
-        Args:
-            key: of the tree.
-            ids: the first tokens of the cache, int64 (n,), n up to its length.
-            cache: that has run them.
-            wait: for other threads that use the tree; else nothing is kept while one does.
+        wait: for other threads that use the tree; else nothing is kept while one does.
         """
         if not self._lock.acquire(blocking=wait):
             return

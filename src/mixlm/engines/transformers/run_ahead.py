@@ -49,11 +49,7 @@ class DeviceSampler:
 
         Ids that share their symbol are not pooled, which hardly ever matters.
 
-        Args:
-            row: of `DeviceTopK.select`, (2, count).
-            top_k_filter: that the row was selected with.
-            hint: the sampling options and the symbols of ids.
-            key: of the position's noise.
+        row: of `DeviceTopK.select` with the filter, (2, count). key: of the position's noise.
         """
         cached = self._hashes.get(top_k_filter)
         if cached is None or cached[0] is not hint.symbols:
@@ -68,14 +64,8 @@ def truncate_sorted(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply temperature and truncation to the largest logits of a row, as `core.sampling` does on the host.
 
-    Args:
-        values: logits in falling order, (count,) with count >= k.
-        ids: whose they are, (count,).
-        k: of top-k.
-        options: the member's.
-
-    Returns:
-        Ids, and logits over the temperature, float64, -inf for what the options exclude.
+    values: logits in falling order, (count,) with count >= k. ids: whose they are. Returns ids, and logits over the
+    temperature, float64, -inf for what the options exclude.
     """
     if options.top_p < 1:
         # Where the mass ends among equal logits, the smaller ids are in: so they are sorted on the host.
@@ -119,12 +109,8 @@ class _PendingRow(NamedTuple):
 class RunAhead:
     """The passes of one sequence that have not been requested yet: `len()` of them.
 
-    Args:
-        graphs: runs the passes.
-        sampler: samples their tokens.
-        cache: the sequence's; its length counts what was requested.
-        top_k_filter: of all its rows.
-        max_tokens: that the sequence may have.
+    cache: the sequence's; its length counts what was requested. top_k_filter: of all its rows. max_tokens: that the
+    sequence may have.
     """
 
     def __init__(
@@ -144,10 +130,9 @@ class RunAhead:
         return is_worthwhile(top_k_filter, vocab_size) and graphs.fits(cache, 1)
 
     def start(self, logits: torch.Tensor, hint: RunAheadHint) -> Candidates | None:
-        """Run ahead from the logits of the KV cache's last token, (1, vocab).
+        """Run ahead from the logits of the KV cache's last token, (1, vocab). Returns what the filter keeps of them.
 
-        Returns:
-            What the filter keeps of them; None for a tie.
+        None for a tie.
         """
         first = self._transfer(torch.zeros(1, dtype=torch.int64), logits)
         self._extend(hint, 0)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch
 from mixlm.engines.base import Session, common_prefix, respond
 from mixlm.engines.batching import SequenceInput, SequenceOutput, respond_batched
 from mixlm.engines.requests import Forward, ForwardRequest, Response
+from mixlm.engines.transformers.attention import VarlenKernel
 from mixlm.engines.transformers.kv_cache import KVBufferPool, KVCache, SlabError
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.packed_sequences import PackedSequences
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from mixlm.engines.transformers.device_topk import DeviceTopK
     from mixlm.engines.transformers.prefix_cache import SequenceCache
     from mixlm.engines.transformers.run_ahead import DeviceSampler, RunAhead
-    from mixlm.engines.transformers.varlen import VarlenKernel
 
 # Of one forward pass. A longer prompt is prefilled in chunks, so that the attention scores of all its positions never
 # lie in memory at once; and no more tokens of all sequences together are run in one pass.
@@ -43,8 +43,6 @@ RUN_AHEAD_COOLDOWN = 16
 _STEPS = 16
 _SLOTS = 16  # KV buffers that lie side by side on a CPU
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-
-Result = TypeVar("Result")
 
 
 class ForwardPath(StrEnum):
@@ -192,14 +190,14 @@ class HFSession(Session):
 class ModelRunner:
     """Runs the forward passes of a loaded model with one adapter, or with none; `load_trial` makes it.
 
-    adapter: what is applied to the model. graphs: passes in fixed shapes, where they are used. sampler: samples on the
-    device, where sequences run ahead; run_ahead_depth: by how many positions. prefixes: texts that are kept for other
-    sequences. path_details: for reports, where passes do not run as those of most models do.
+    keeps_cache: whether passes run behind a cache; else each runs the whole text. batches: whether several sequences
+    run at once. chunks: whether a long text may be run in several passes. cache_name: of transformers' cache in the
+    arguments and results of the model's forward, empty where it takes none. selects_positions: whether it can be told
+    of which positions it returns the logits. path_details: for reports, where passes do not run as most models' do.
 
-    Args:
-        loaded: the model.
-        path: how passes run.
-        kernel: attends to several sequences in one call, where there is one.
+    kernel: attends to several sequences in one call, where there is one. adapter: what is applied to the model. graphs:
+    passes in fixed shapes, where they are used. sampler: samples on the device, where sequences run ahead;
+    run_ahead_depth: by how many positions. prefixes: texts that are kept for other sequences.
     """
 
     def __init__(self, loaded: LoadedModel, path: ForwardPath, kernel: VarlenKernel | None = None) -> None:
@@ -207,6 +205,9 @@ class ModelRunner:
         self.model = loaded.model
         self.frequencies = loaded.frequencies
         self.path = path
+        self.keeps_cache = path is not ForwardPath.WHOLE
+        self.batches = path is ForwardPath.PACKED
+        self.chunks = path not in (ForwardPath.WHOLE, ForwardPath.STEPS)
         self.kernel = kernel
         self.adapter: str | None = None
         self.graphs: CudaGraphRunner | None = None
@@ -218,27 +219,14 @@ class ModelRunner:
         self._by_adapter: dict[str | None, ModelRunner] = {}
         self._cooldown = 0
         self._parameters = inspect.signature(self.model.forward).parameters
+        self.cache_name = next((name for name in _CACHE_NAMES if name in self._parameters), "")
+        self.selects_positions = "logits_to_keep" in self._parameters
         on_cpu = {parameter.device.type for parameter in self.model.parameters()} == {"cpu"}
         self._pool = KVBufferPool(slots=_SLOTS if on_cpu else 1)
         if self.model.device.type == "cuda":
             from mixlm.engines.transformers.device_topk import DeviceTopK
 
             self.device_top_k = DeviceTopK()
-
-    @property
-    def keeps_cache(self) -> bool:
-        """Whether passes run behind a cache; else each runs the whole text."""
-        return self.path is not ForwardPath.WHOLE
-
-    @property
-    def batches(self) -> bool:
-        """Whether it runs several sequences at once."""
-        return self.path is ForwardPath.PACKED
-
-    @property
-    def chunks(self) -> bool:
-        """Whether a long text may be run in several passes."""
-        return self.path not in (ForwardPath.WHOLE, ForwardPath.STEPS)
 
     @property
     def details(self) -> dict[str, str]:
@@ -251,16 +239,6 @@ class ModelRunner:
         if self.graphs is not None:
             details["short forwards"] = "captured graphs" if self.graphs.captures else "fixed shapes"
         return details
-
-    @property
-    def cache_name(self) -> str:
-        """The name of transformers' cache in the arguments and results of the model's forward."""
-        return next((name for name in _CACHE_NAMES if name in self._parameters), "")
-
-    @property
-    def selects_positions(self) -> bool:
-        """Whether the model's forward can be told of which positions it returns the logits."""
-        return "logits_to_keep" in self._parameters
 
     def new_cache(self) -> SequenceCache:
         """Return an empty cache for a sequence."""
@@ -410,7 +388,7 @@ class ModelRunner:
         ends = zip(inputs, np.cumsum(counts), strict=True)
         outputs = np.concatenate([np.arange(end - item.last, end) for item, end in ends])
 
-        def run() -> torch.Tensor:
+        def run() -> Any:
             batch = PackedSequences(caches, counts, self.kernel)
             result = self.model(
                 input_ids=ids,
@@ -420,10 +398,10 @@ class ModelRunner:
                 attention_batch=batch,
             )
             batch.commit()  # what a failed pass wrote lies behind the KV caches' lengths
-            logits: torch.Tensor = result.logits[0]
-            return logits
+            return result.logits[0]
 
-        return self._with_room(run)
+        logits: torch.Tensor = self._with_room(run)
+        return logits
 
     def _forward_alone(self, item: SequenceInput) -> torch.Tensor:
         """Run one sequence of a model that cannot run several at once. Returns its logits, (last, vocab)."""
@@ -447,7 +425,7 @@ class ModelRunner:
             rows.append(result.logits[0, -item.last :])
         return torch.cat(rows)[-item.last :]
 
-    def _with_room(self, run: Callable[[], Result], undo: Callable[[], object] | None = None) -> Result:
+    def _with_room(self, run: Callable[[], Any], undo: Callable[[], object] | None = None) -> Any:
         """Run a pass, and once more if memory runs out and some can be given up. undo: what the first one did."""
         try:
             return run()

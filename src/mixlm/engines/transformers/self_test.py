@@ -59,10 +59,7 @@ def failure(
 ) -> str | None:
     """Return why a trial failed; None where its pairs give nearly equal distributions.
 
-    Args:
-        trial: Yields the pairs.
-        tolerance: Of their distance.
-        larger: Makes a larger tolerance, where that one is exceeded.
+    larger: makes a larger tolerance, where the given one is exceeded.
     """
     try:
         distance = tolerance.distance(trial())

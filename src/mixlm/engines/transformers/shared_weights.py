@@ -17,11 +17,7 @@ from mixlm.errors import ConfigError, ModelLoadError, UnsupportedError
 def share_weights(model: Any, name: str) -> Any:
     """Return a model of its own on the tensors of a loaded one, which keeps its mode, its attention and its hooks.
 
-    Of a PEFT model it is the base model with the adapters that are active, merged or not.
-
-    Args:
-        model: a causal language model of transformers, or a PEFT model of one.
-        name: of the model, for messages.
+    Of a PEFT model it is the base model with the adapters that are active, merged or not. name: for messages.
 
     Raises:
         ConfigError: it is none.

@@ -21,8 +21,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +29,6 @@ import numpy.typing as npt
 from mixlm.errors import ConfigError
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids, Tool
-
-if TYPE_CHECKING:
-    from mixlm.core.grammar_compiler import GrammarCompiler
 
 TokenMask = npt.NDArray[np.bool_]
 
@@ -143,27 +139,31 @@ class Matcher:
             if not self._parser.is_error():
                 return marks[: self._size]
         if self._parser.is_error():
+            from mixlm.core.grammar_compiler import first_line
+
             raise ConfigError(f"json_schema is too complex for its parser: {first_line(self._parser.get_error())}")
         return None
 
 
+@dataclass(frozen=True, eq=False)
 class Grammar:
     """A language's grammar for one vocabulary.
 
     Attributes:
-        option: The option that asks for the language, for messages.
+        parser: llguidance's, at the beginning of a text.
+        vocabulary: The vocabulary.
         byte_ids: For each byte that JSON can contain, the id of the token that is this byte, -1 for none, int64 (n,).
+        option: The option that asks for the language, for messages.
     """
 
-    def __init__(self, parser: Any, vocabulary: Vocabulary, byte_ids: Ids, option: str = "json_schema") -> None:
-        self._parser = parser
-        self.option = option
-        self._vocabulary = vocabulary
-        self.byte_ids = byte_ids
+    parser: Any
+    vocabulary: Vocabulary
+    byte_ids: Ids
+    option: str
 
     def matcher(self) -> Matcher:
         """Return a matcher for a new text."""
-        return Matcher(self._parser.deep_copy(), self._vocabulary)
+        return Matcher(self.parser.deep_copy(), self.vocabulary)
 
 
 class GrammarCache:
@@ -171,6 +171,7 @@ class GrammarCache:
 
     def __init__(self, vocabularies: Sequence[Vocabulary]) -> None:
         self._vocabularies = tuple(vocabularies)
+        self._tries: dict[int, tuple[Any, Ids]] = {}
         self._known: OrderedDict[str, list[Grammar]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -178,13 +179,6 @@ class GrammarCache:
     def num_vocabularies(self) -> int:
         """For how many vocabularies a grammar is compiled."""
         return len(set(map(id, self._vocabularies)))
-
-    @cached_property
-    def _compiler(self) -> GrammarCompiler:
-        # Where nothing is held to a language, none is needed.
-        from mixlm.core.grammar_compiler import GrammarCompiler
-
-        return GrammarCompiler(self._vocabularies)
 
     def for_language(self, language: Language, check: Callable[[str], None] | None = None) -> list[Grammar]:
         """Return each member's grammar of a language.
@@ -197,6 +191,8 @@ class GrammarCache:
         Raises:
             ConfigError: A schema cannot be enforced, or llguidance is not installed.
         """
+        from mixlm.core.grammar_compiler import compile_language  # where nothing is held to one, none is needed
+
         try:
             key = json.dumps([language.json_schema, language.tools, language.max_calls])
         except RecursionError as error:
@@ -206,7 +202,17 @@ class GrammarCache:
         with self._lock:
             grammars = self._known.get(key)
         # Built outside the lock, so that a request with a cached schema does not wait for a new one.
-        grammars = grammars or self._compiler.compile(key, language.option, check)
+        try:
+            grammars = grammars or [
+                Grammar(parser, vocabulary, byte_ids, language.option)
+                for vocabulary, (parser, byte_ids) in zip(
+                    self._vocabularies, compile_language(key, self._vocabularies, self._tries, check), strict=True
+                )
+            ]
+        except ConfigError as error:
+            raise ConfigError(error.message.replace("json_schema", language.option, 1), error.hint) from error
+        except RecursionError as error:
+            raise ConfigError(f"{language.option} is nested too deeply: {error}") from error
         with self._lock:
             self._known[key] = grammars
             self._known.move_to_end(key)
@@ -222,8 +228,3 @@ def _common_length(a: bytes, b: bytes) -> int:
     if b.startswith(a):
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def first_line(message: str) -> str:
-    """Return the first line of an error of the library."""
-    return (message.strip() or "no message").splitlines()[0]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.core.grammar import Grammar, first_line
 from mixlm.core.grammar_check import check_depth
 from mixlm.errors import ConfigError
 from mixlm.tokenization.tool_calls import CALL_BEGIN, CALL_END, call_head
@@ -19,90 +18,80 @@ _WHITESPACE = r"( |\n {0,32})"
 # Bytes that JSON in UTF-8 can contain.
 _BYTES = (0x09, 0x0A, 0x0D, *range(0x20, 0xC0), *range(0xC2, 0xF5))
 
+Tries = dict[int, tuple[Any, Ids]]  # llguidance's trie of each vocabulary by its `id`, and `Grammar.byte_ids`
 
-class GrammarCompiler:
-    """Compiles languages for some vocabularies, of each of which llguidance's trie is built once."""
 
-    def __init__(self, vocabularies: Sequence[Vocabulary]) -> None:
-        self._vocabularies = vocabularies
-        self._tries: dict[int, tuple[Any, Ids]] = {}
+def compile_language(
+    key: str, vocabularies: Sequence[Vocabulary], tries: Tries, check: Callable[[str], None] | None
+) -> list[tuple[Any, Ids]]:
+    """Return llguidance's parser of a language for each vocabulary, and `Grammar.byte_ids`.
 
-    def compile(self, key: str, option: str, check: Callable[[str], None] | None) -> list[Grammar]:
-        """Return each vocabulary's grammar of a language.
+    Args:
+        key: The language as JSON: schemas of text and of calls, and the most calls.
+        vocabularies: The vocabularies.
+        tries: Those that were built before; new ones are added.
+        check: See `GrammarCache.for_language`.
 
-        Args:
-            key: The language as JSON: schemas of text and of calls, and the most calls.
-            option: The option that asks for it, for messages.
-            check: See `GrammarCache.for_language`.
-
-        Raises:
-            ConfigError: A schema cannot be enforced, or llguidance is not installed.
-        """
-        try:
-            return self._build(key, option, check or check_depth)
-        except ConfigError as error:
-            raise ConfigError(error.message.replace("json_schema", option, 1), error.hint) from error
-        except RecursionError as error:
-            raise ConfigError(f"{option} is nested too deeply: {error}") from error
-
-    def _build(self, key: str, option: str, check: Callable[[str], None]) -> list[Grammar]:
-        library = _library()
-        text_schema, tools, max_calls = json.loads(key, parse_int=_exact)
-        source = _grammar_source(library, text_schema, tools, max_calls)
-        check(source)
-        grammars: dict[int, Grammar] = {}
-        for vocabulary in self._vocabularies:
-            if id(vocabulary) not in grammars:
-                trie, byte_ids = self._trie(library, vocabulary)
-                parser = library.LLMatcher(trie, source, log_level=0)
-                if parser.is_error():
-                    raise _refused(parser.get_error(), _function_at_fault(library, trie, tools))
-                grammars[id(vocabulary)] = Grammar(parser, vocabulary, byte_ids, option)
-        self._check_names(library, (text_schema, *tools.values()), check)
-        return [grammars[id(vocabulary)] for vocabulary in self._vocabularies]
-
-    def _check_names(self, library: Any, schemas: Sequence[Any], check: Callable[[str], None]) -> None:
-        """Raise ConfigError where an object ends in nothing: `patternProperties` match no name besides `properties`.
-
-        llguidance offers a comma there, behind which no property can follow. An object of the other names alone shows
-        it: where there are none, nothing can follow its brace.
-        """
-        from mixlm.core.limited_objects import LimitedObject, limited_objects
-
-        objects: dict[str, LimitedObject] = {}
-        for schema in schemas:
-            if "patternProperties" in json.dumps(schema):
-                for limited in limited_objects(schema):
-                    objects[_schema_source({"anyOf": [{"type": "null"}, limited.others]})] = limited
-        if not objects:
-            return
-        # Each behind its number. `null` stands for an object that llguidance leaves out, since it has no other names.
-        rules = [f'object_{i}: "{i}:" %json {source}' for i, source in enumerate(objects)]
-        lark = _lark(" | ".join(f"object_{i}" for i in range(len(objects))), rules)
-        source = library.LLMatcher.grammar_from_lark(lark)
-        check(source)
-        trie, _ = self._trie(library, self._vocabularies[0])
-        parser = library.LLMatcher(trie, source, log_level=0)
-        if parser.is_error():
-            raise _refused(parser.get_error())
-        grammar = Grammar(parser, self._vocabularies[0], np.zeros(0, np.int64))
-        for i, limited in enumerate(objects.values()):
-            try:
-                grammar.matcher().allowed(f"{i}:{{ ".encode())
-            except ConfigError:
-                names, patterns = ", ".join(limited.names), ", ".join(limited.patterns)
-                raise ConfigError(
-                    f"json_schema cannot be enforced: no other name than those in properties ({names}) matches "
-                    f"patternProperties ({patterns})",
-                    "leave patternProperties out there",
-                ) from None
-
-    def _trie(self, library: Any, vocabulary: Vocabulary) -> tuple[Any, Ids]:
-        if id(vocabulary) not in self._tries:
+    Raises:
+        ConfigError: A schema cannot be enforced, or llguidance is not installed.
+    """
+    library = _library()
+    text_schema, tools, max_calls = json.loads(key, parse_int=_exact)
+    source = _grammar_source(library, text_schema, tools, max_calls)
+    check = check or check_depth
+    check(source)
+    parsers: dict[int, tuple[Any, Ids]] = {}
+    for number, vocabulary in {id(vocabulary): vocabulary for vocabulary in vocabularies}.items():
+        if number not in tries:
             single = {token: i for i, token in enumerate(vocabulary.tokens) if len(token) == 1}
             byte_ids = np.array([single.get(bytes([byte]), -1) for byte in _BYTES], dtype=np.int64)
-            self._tries[id(vocabulary)] = library.LLTokenizer(_TokenizerWrapper(vocabulary)), byte_ids
-        return self._tries[id(vocabulary)]
+            tries[number] = library.LLTokenizer(_TokenizerWrapper(vocabulary)), byte_ids
+        trie, byte_ids = tries[number]
+        parser = library.LLMatcher(trie, source, log_level=0)
+        if parser.is_error():
+            raise _refused(parser.get_error(), _function_at_fault(library, trie, tools))
+        parsers[number] = parser, byte_ids
+    tokenizer = _TokenizerWrapper(vocabularies[0])
+    _check_names(library, tries[id(vocabularies[0])][0], tokenizer, (text_schema, *tools.values()), check)
+    return [parsers[id(vocabulary)] for vocabulary in vocabularies]
+
+
+def _check_names(
+    library: Any, trie: Any, tokenize: Callable[[str], list[int]], schemas: Sequence[Any], check: Callable[[str], None]
+) -> None:
+    """Raise ConfigError where an object ends in nothing: `patternProperties` match no name besides `properties`.
+
+    llguidance offers a comma there, behind which no property can follow. An object of the other names alone shows
+    it: where there are none, nothing can follow its brace.
+    """
+    from mixlm.core.limited_objects import LimitedObject, limited_objects
+
+    objects: dict[str, LimitedObject] = {}
+    for schema in schemas:
+        if "patternProperties" in json.dumps(schema):
+            for limited in limited_objects(schema):
+                objects[_schema_source({"anyOf": [{"type": "null"}, limited.others]})] = limited
+    if not objects:
+        return
+    # Each behind its number. `null` stands for an object that llguidance leaves out, since it has no other names.
+    rules = [f'object_{i}: "{i}:" %json {source}' for i, source in enumerate(objects)]
+    lark = _lark(" | ".join(f"object_{i}" for i in range(len(objects))), rules)
+    source = library.LLMatcher.grammar_from_lark(lark)
+    check(source)
+    parser = library.LLMatcher(trie, source, log_level=0)
+    if parser.is_error():
+        raise _refused(parser.get_error())
+    for i, limited in enumerate(objects.values()):
+        own = parser.deep_copy()
+        own.try_consume_tokens(tokenize(f"{i}:{{ "))
+        own.compute_bitmask()
+        if own.is_error():
+            names, patterns = ", ".join(limited.names), ", ".join(limited.patterns)
+            raise ConfigError(
+                f"json_schema cannot be enforced: no other name than those in properties ({names}) matches "
+                f"patternProperties ({patterns})",
+                "leave patternProperties out there",
+            )
 
 
 class _TokenizerWrapper:
@@ -212,3 +201,8 @@ def _refused(message: str, function: str | None = None) -> ConfigError:
         reason = f"{reason} {next(said, '')}".rstrip(": ")
     place = "" if function is None else f" for {function}"
     return ConfigError(f"json_schema cannot be enforced{place}: {reason}")
+
+
+def first_line(message: str) -> str:
+    """Return the first line of an error of the library."""
+    return (message.strip() or "no message").splitlines()[0]

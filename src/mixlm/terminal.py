@@ -49,27 +49,23 @@ def styled(text: str, style: str, stream: IO[str] | None) -> str:
 
 
 class Stage:
-    """A stage of work in progress. This base class shows nothing."""
+    """A stage of work in progress, shown as a task of bars; without bars, it shows nothing."""
+
+    def __init__(self, bars: Bars | None = None, task: TaskID | None = None) -> None:
+        self._shown = None if bars is None or task is None else (bars, task)
 
     def update(self, done: int, total: int | None = None, text: str | None = None) -> None:
         """Set the steps done, and the total and the text if they are given."""
+        if self._shown is not None:
+            bars, task = self._shown
+            bars.update(task, completed=done, total=total, description=None if text is None else visible(text))
 
     def pulse(self, text: str) -> None:
         """Continue with work of unknown length."""
-
-
-class _BarStage(Stage):
-    def __init__(self, bars: Bars, task: TaskID) -> None:
-        self._bars = bars
-        self._task = task
-
-    def update(self, done: int, total: int | None = None, text: str | None = None) -> None:
-        self._bars.update(self._task, completed=done, total=total, description=None if text is None else visible(text))
-
-    def pulse(self, text: str) -> None:
         self.update(0, text=text)
-        # For `update`, None means unchanged, so the total is removed here.
-        self._bars.tasks[self._task].total = None
+        if self._shown is not None:
+            bars, task = self._shown
+            bars.tasks[task].total = None  # for `update`, None means unchanged
 
 
 class ProgressDisplay:
@@ -105,7 +101,7 @@ class ProgressDisplay:
             return
         with _bars(self._console, unit) as bars:
             task = bars.add_task(visible(text), total=total)
-            yield _BarStage(bars, task)
+            yield Stage(bars, task)
             # Bars that pulsed or counted a part of the work end full, with their first text: a list of what was done.
             end = bars.tasks[task].total or 1
             bars.update(task, total=end, completed=end, description=visible(text))

@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,8 +96,10 @@ class BenchReport:
 
 def environment(engines: Sequence[Engine], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return machine, versions, command, settings and memory."""
-    packages = ("mixlm", "torch", "transformers", "tokenizers", "numpy")
-    versions = {name: version for name in packages if (version := _version(name)) is not None}
+    versions = {}
+    for name in ("mixlm", "torch", "transformers", "tokenizers", "numpy"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     distinct = {id(engine): engine for engine in engines}.values()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -111,13 +114,6 @@ def environment(engines: Sequence[Engine], settings: Mapping[str, Any]) -> dict[
         **_accelerator(),
         "settings": dict(settings),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -70,10 +71,8 @@ def _version(requested: bool) -> None:
 
     print(f"mixlm {__version__}")
     for name in _ENGINES:
-        try:
+        with suppress(PackageNotFoundError):
             print(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
     raise typer.Exit
 
 

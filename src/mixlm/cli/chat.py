@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
-from mixlm.cli.display import Display, completion_fields, dim, print_json
+from mixlm.cli.display import Display, completion_fields, dim, print_json, show_figures
 from mixlm.cli.inputs import STDIN, decode
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, flag, parse_numbers, with_shared
@@ -115,7 +115,7 @@ def _complete(conversation: Conversation, generation: ChatGeneration, *, as_json
         return
     if stopped:
         dim("stopped")
-    display.figures(generation.completion)
+    show_figures(conversation.ensemble, generation.completion)
 
 
 def _read(ended: float) -> str | None:

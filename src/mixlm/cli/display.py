@@ -153,10 +153,6 @@ class Display:
         sys.stdout.write("\n")
         sys.stdout.flush()
 
-    def figures(self, completion: Completion) -> None:
-        """Show the statistics of a completion in one line."""
-        dim(figures(completion, engines_text(self._ensemble)))
-
     def _paint(self, text: str, member: str, stream: IO[str]) -> str:
         return styled(text, self._styles[member], stream) if self._colours else text
 
@@ -178,8 +174,8 @@ def completion_fields(ensemble: Ensemble, completion: Completion) -> dict[str, A
     return {**completion.as_dict(), "engines": engines_by_member(ensemble)}
 
 
-def figures(completion: Completion, engines: str) -> str:
-    """Return statistics in one line: speed, each member's share of the tokens and forward passes, engines, the seed."""
+def show_figures(ensemble: Ensemble, completion: Completion) -> None:
+    """Show statistics in one line: speed, each member's share of the tokens and forward passes, engines, the seed."""
     usage = completion.usage
     parts = [f"{usage.tokens} token{'' if usage.tokens == 1 else 's'}"]
     if completion.finish_reason == "length":
@@ -193,4 +189,4 @@ def figures(completion: Completion, engines: str) -> str:
         parts.append(f"{usage.accepted} of {usage.drafted} drafts accepted")
     if usage.chosen:
         parts.append(f"auto: {usage.chosen}")
-    return " · ".join([*parts, engines, f"seed {completion.seed}"])
+    dim(" · ".join([*parts, engines_text(ensemble), f"seed {completion.seed}"]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from typer import Argument
 
 from mixlm.cli.batch import complete_file, read_prompts
-from mixlm.cli.display import Display, completion_fields, print_json
+from mixlm.cli.display import Display, completion_fields, print_json, show_figures
 from mixlm.cli.inputs import input_is_piped, piped_text, read_texts, stdin_text
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, check_counts, flag, with_shared
@@ -118,7 +118,7 @@ def generate(
     finally:
         # After an interruption or a failure, the text so far ends with a newline too.
         display.end()
-    display.figures(generation.completion)
+    show_figures(ensemble, generation.completion)
     return 0
 
 

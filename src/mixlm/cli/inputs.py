@@ -150,12 +150,7 @@ def line_error(name: str, number: int, reason: str, expected: str) -> ConfigErro
     return ConfigError(f"{name}, line {number}: {reason}", f"each line must be an object {expected}")
 
 
-def read_pairs(name: str, text: str) -> list[tuple[str, str]]:
-    """Return the prompts and answers of JSON Lines.
-
-    Raises:
-        ConfigError: A line does not have the expected form; the message names the file and the line.
-    """
+def _read_pairs(name: str, text: str) -> list[tuple[str, str]]:
     pairs = []
     for number, record in json_lines(name, text, _PAIR):
         for key in ("prompt", "answer"):
@@ -173,9 +168,10 @@ def prompts_and_answers(
     """Return the prompts and answers of the .jsonl files, by name.
 
     Raises:
+        ConfigError: A line does not have the expected form; the message names the file and the line.
         UsageError: `ends` or `system` is given, which apply to answers and prompts, and there is no .jsonl file.
     """
-    pairs = {name: read_pairs(name, text) for name, text in texts.items() if name.endswith(".jsonl")}
+    pairs = {name: _read_pairs(name, text) for name, text in texts.items() if name.endswith(".jsonl")}
     if ends is not None and not pairs:
         raise UsageError("--ends and --no-ends apply to answers, and there are none", "omit it, or give a .jsonl file")
     if system is not None and not pairs:

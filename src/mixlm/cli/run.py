@@ -13,7 +13,7 @@ import typer
 from mixlm.errors import MixlmError, UsageError, close_matches
 from mixlm.terminal import visible
 
-INTERRUPTED = 130  # what a shell shows for SIGINT
+_INTERRUPTED = 130  # what a shell shows for SIGINT
 _PIPE_CLOSED = 141  # what a shell shows for SIGPIPE
 _OUT_OF_MEMORY = "use a smaller model, or --dtype bfloat16"
 _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -44,38 +44,30 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
 
             completion_init()
             return shell_complete(command, _SETTINGS, name, variable, instruction)
-        with command.make_context(name, list(arguments), **_SETTINGS) as context:
-            code = command.invoke(context)
+        try:
+            with command.make_context(name, list(arguments), **_SETTINGS) as context:
+                code = command.invoke(context)
+        except typer.Exit as ended:
+            code = ended.exit_code
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except typer.Exit as ended:
-        return _ended(ended.exit_code)
+    except BrokenPipeError:
+        return _without_reader()
     except (Exception, KeyboardInterrupt) as error:
         try:
-            return failed(error, arguments)
-        except BrokenPipeError as closed:  # nobody reads the message
-            return failed(closed, arguments)
+            return _failed(error, arguments)
+        except BrokenPipeError:  # nobody reads the message
+            return _without_reader()
 
 
-def _ended(code: int) -> int:
-    """Return the exit code of a command that ended early, once its output has a reader."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError as error:
-        return failed(error, ())
-    return code
-
-
-def failed(error: BaseException, arguments: Sequence[str]) -> int:
+def _failed(error: BaseException, arguments: Sequence[str]) -> int:
     """Report an error on stderr, and return its exit code."""
-    if isinstance(error, BrokenPipeError):
-        return _without_reader()
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--debug" in options:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         say("mixlm: interrupted")
-        return INTERRUPTED
+        return _INTERRUPTED
     message, hint, code = _explained(error, arguments)
     say(f"mixlm: error: {message}")
     if hint:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 from mixlm.cli.display import dim
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, flag, with_shared
-from mixlm.errors import ConfigError, MixlmError, UsageError, did_you_mean
+from mixlm.errors import ConfigError, MixlmError, UsageError
+from mixlm.option_spec import OptionSpec
 
 if TYPE_CHECKING:
     from mixlm.engines import Engine, EngineSpec
@@ -95,8 +96,7 @@ def serve(
     from mixlm.server.model_registry import ModelRegistry
     from mixlm.server.tracing import tracer_for
 
-    if log not in _LEVELS:
-        raise ConfigError(f"--log is {log!r}; it must be one of {', '.join(_LEVELS)}", did_you_mean(log, _LEVELS))
+    OptionSpec(choices=_LEVELS).check("--log", log)
     limits = ServerLimits(
         max_batch=_DEFAULT_BATCH if batch is None else batch,
         max_queue=queue,

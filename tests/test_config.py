@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mixlm.config import parse_config
-from mixlm.config_file import read_config
+from mixlm.config import parse_config, read_config
 from mixlm.errors import ConfigError
 
 WHOLE = """

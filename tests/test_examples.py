@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixlm.config import EnsembleConfig, parse_config
-from mixlm.config_file import read_config
+from mixlm.config import EnsembleConfig, parse_config, read_config
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 yaml = pytest.importorskip("yaml")

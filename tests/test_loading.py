@@ -143,7 +143,7 @@ def test_a_file_names_the_rule_its_parameters_and_the_roles(tmp_path):
         ('rule = "max"\n[combination]\nrule = "min"\n', "rule and .combination. are both given"),
         ('rule = "max"\n[[members]]\nmodel = "toy:3"\nrole = "expert"\n', "members.0.role is 'expert', and rule max"),
         ('[[members]]\nmodel = "toy:3"\nrole = "expert"\n', "toy:3 has the role 'expert', and there is no rule"),
-        ('rule = "contrastive"\n[router]\nkind = "prompt"\n', "there is a router, and rule contrastive"),
+        ('rule = "contrastive"\n[router]\nkind = "prompt"\n', "a router gives weights, and rule contrastive"),
         ('method = "single"\nrule = "max"\n', "method is 'single', which samples one member, and the rule is 'max'"),
         ('method = "auto"\nrule = "max"\n', "method auto samples the average, and the rule is max"),
         ('[combination]\nrule = "contrastive"\nalpha = 2.0\n', "alpha is 2.0; it must be from 0 to 1"),

@@ -105,7 +105,7 @@ def paper(
 
 
 def _lineups(files: list[Path]) -> tuple[Any, ...]:
-    from mixlm.config_file import read_config
+    from mixlm.config import read_config
     from research.paper.experiments import distinct, lineup
 
     return tuple(distinct([lineup(read_config(path)) for path in files]))

@@ -105,11 +105,7 @@ class Binder:
 
         if rule is None:
             return average_target()
-        if rule.roles and not isinstance(self.router, FixedRouter):
-            raise ConfigError(
-                f"a router gives weights, and rule {rule.name} tells its members apart by their roles, not by weights",
-                "use it without a router",
-            )
+        self._check_roles(rule)
         return build_target(
             settings,
             weights=self.weights,
@@ -119,13 +115,22 @@ class Binder:
             traits=self.unit.traits,
         )
 
-    def check_router(self) -> None:
-        """Check that the members and the unit give what the router observes.
+    def _check_roles(self, rule: Combination) -> None:
+        if rule.roles and not isinstance(self.router, FixedRouter):
+            raise ConfigError(
+                f"a router gives weights, and rule {rule.name} tells its members apart by their roles, not by weights",
+                "use it without a router",
+            )
+
+    def check_router(self, rule: Combination | None) -> None:
+        """Check that a rule takes the router, and that the members and the unit give what it observes.
 
         Raises:
-            ConfigError: The router was trained for another model.
+            ConfigError: The router was trained for another model, or the rule takes none.
             UnsupportedError: A member's engine, or the unit, does not give it.
         """
+        if rule is not None:
+            self._check_roles(rule)
         observes = observed_by(self.router, len(self.members))
         if observes is None:
             return

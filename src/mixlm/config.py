@@ -1,4 +1,4 @@
-"""The form of an ensemble file: frozen models, of which an unknown key is an error, and errors in words.
+"""Ensemble files, read and written: frozen models, of which an unknown key is an error, and errors in words.
 
 method = "mixture"              # or conventional, greedy, single, speculative, auto, layered
 unit = "auto"                   # or token, piece, word, byte
@@ -17,12 +17,15 @@ temperature = 0.5
 from __future__ import annotations
 
 import re
+import tomllib
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from mixlm.choices import (
     RULES,
+    RULES_WITH_ROLES,
     ContrastiveForm,
     DeferBy,
     DType,
@@ -40,6 +43,9 @@ from mixlm.types import Sampling
 _BARE = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false")  # a number, and what is true or not
 # Options that are no keys of a file.
 _OF_GENERATIONS = ("max_tokens", "min_tokens", "stop", "seed", "draft", "block")
+_NO_MODEL = "an ensemble file is text in TOML; a model is named with -m"
+_UTF8 = "save it as UTF-8"
+_TOML = 'a value follows an equals sign, texts stand in "quotes", and each member stands below a line [[members]]'
 
 
 class _Strict(BaseModel):
@@ -132,9 +138,11 @@ class RouterConfig(_Strict):
     sharpness: float | None = Field(default=None, strict=True)
 
     @model_validator(mode="after")
-    def _check_sharpness(self) -> RouterConfig:
+    def _check_kind(self) -> RouterConfig:
         if self.sharpness is not None and self.kind != "prompt":
             raise ValueError(f"sharpness is of the router by prompt, and kind is {self.kind!r}")
+        if (self.kind == "learned") != (self.file is not None):
+            raise ValueError("a learned router has a file, and no other kind has one (see mixlm fit --router)")
         return self
 
 
@@ -218,6 +226,43 @@ class EnsembleConfig(_Strict):
         return weights or None
 
 
+def read_config(path: str | Path) -> EnsembleConfig:
+    """Read an ensemble file. Raises ConfigError that names the file, the key and the allowed values."""
+    path = Path(path)
+    try:
+        text = _read(path, str(path), _NO_MODEL, _UTF8 if path.suffix.lower() == ".toml" else _NO_MODEL)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        names = [file.name for file in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise ConfigError(f"there is no ensemble file {path}", did_you_mean(path.name, names) or _NO_MODEL) from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}", _TOML) from error
+    config = parse_config(raw, str(path))
+    _check_roles(config, str(path))
+    folder = path.resolve().parent
+    update: dict[str, Any] = {"members": tuple(_resolve_files(member, folder, path) for member in config.members)}
+    for member, resolved in zip(config.members, update["members"], strict=True):
+        place = "template" if member.template_file is None else f"template_file {member.template_file}"
+        _check_template(resolved.template, f"{path}: {place} of member {member.name or member.model}")
+    if config.router.file is not None:
+        update["router"] = config.router.model_copy(update={"file": str(folder / config.router.file)})
+    if config.combination is not None and config.combination.accept is not None:
+        accept = str(folder / config.combination.accept)
+        update["combination"] = config.combination.model_copy(update={"accept": accept})
+    return config.model_copy(update=update)
+
+
+def write_config(config: EnsembleConfig, path: str | Path) -> None:
+    """Write an ensemble file that `read_config` reads back; default values are omitted."""
+    import tomli_w
+
+    form = config.model_dump(exclude_none=True, exclude_defaults=True)
+    Path(path).write_text(tomli_w.dumps(form, multiline_strings=True), encoding="utf-8")
+
+
 def parse_config(raw: dict[str, Any], source: str | None) -> EnsembleConfig:
     """Validate a parsed ensemble file, or keywords in that form.
 
@@ -234,8 +279,6 @@ def parse_config(raw: dict[str, Any], source: str | None) -> EnsembleConfig:
     except ValidationError as error:
         raise _config_error(error, source) from error
     config.weights()
-    if (config.router.kind == "learned") != (config.router.file is not None):
-        raise ConfigError(f"{source}: a learned router has a file, and no other kind has one", "see mixlm fit --router")
     for sampling in (config.sampling, *(member.sampling for member in config.members)):
         Sampling(**sampling.options())
     return config
@@ -346,10 +389,65 @@ def _key_hint(place: tuple[int | str, ...]) -> str:
 
 
 def _model_at(place: tuple[int | str, ...]) -> type[BaseModel]:
-    if "sampling" in place[:-1]:
-        return SamplingConfig
-    if "router" in place[:-1]:
-        return RouterConfig
-    if "combination" in place[:-1]:
-        return CombinationConfig
+    tables = (("sampling", SamplingConfig), ("router", RouterConfig), ("combination", CombinationConfig))
+    for name, model in tables:
+        if name in place[:-1]:
+            return model
     return MemberConfig if len(place) > 1 and place[0] == "members" else EnsembleConfig
+
+
+def _check_roles(config: EnsembleConfig, source: str) -> None:
+    """Raise ConfigError for a role in a file whose rule has none."""
+    rule = None if config.combination is None else config.combination.rule
+    for i, member in enumerate(config.members):
+        if member.role is not None and rule is not None and rule not in RULES_WITH_ROLES:
+            raise ConfigError(
+                f"{source}: members.{i}.role is {member.role!r}, and rule {rule} has no roles", "leave it out"
+            )
+
+
+def _resolve_files(member: MemberConfig, folder: Path, source: Path) -> MemberConfig:
+    """Read a member's template file, and resolve paths relative to the ensemble file."""
+    changes: dict[str, Any] = {}
+    if member.template_file is not None:
+        name = member.name or member.model
+        if member.template is not None:
+            raise ConfigError(f"{source}: member {name} has a template and a template_file", "give one of them")
+        place = f"{source}: template_file {member.template_file} of member {name}"
+        hint = f"its path begins at the folder {folder}"
+        changes["template"] = _read(folder / member.template_file, place, hint, _UTF8)
+    for key, value in (("model", member.model), ("adapter", member.adapter), ("tokenizer", member.tokenizer)):
+        if value and (folder / value).exists():
+            changes[key] = str(folder / value)
+    return member.model_copy(update=changes)
+
+
+def _read(path: Path, place: str, hint: str, form_hint: str) -> str:
+    """Return the text of a file. Raises ConfigError, which calls it `place`, where it is not readable or no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no text
+    except OSError as error:
+        raise ConfigError(f"{place} cannot be read: {error.strerror or error}", hint) from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{place}, line {line}: it is not UTF-8 ({error.reason})", form_hint) from error
+
+
+def _check_template(template: str | None, place: str) -> None:
+    """Raise ConfigError for a chat template that is not valid Jinja."""
+    if template is None:
+        return
+    try:
+        from jinja2 import Environment, TemplateSyntaxError
+    except ImportError:  # then no engine that uses templates is installed
+        return
+    try:
+        # transformers adds a tag of its own, which marks what an assistant says.
+        # Compiled and not only parsed: that finds unknown filters too.
+        Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False).compile(
+            re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+        )
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"{place}, line {error.lineno}: {error.message}", "it must be a valid Jinja template"
+        ) from error

@@ -79,7 +79,7 @@ class Ensemble:
             check_unit_method(self.defaults.method, self.unit.name, self.defaults.rule)
         else:
             self.unit = unit
-        self._binder.check_router()
+        self._binder.check_router(self.defaults.combination)
 
     def __repr__(self) -> str:
         members = ", ".join(

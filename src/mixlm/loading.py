@@ -12,13 +12,13 @@ from dataclasses import fields, replace
 from inspect import signature
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mixlm.binding import MemberSpec
 from mixlm.choices import DType, Graphs, Method, Quantization, UnitName
-from mixlm.config import EnsembleConfig, MemberConfig, RouterConfig, parse_config
+from mixlm.config import EnsembleConfig, MemberConfig, RouterConfig, parse_config, read_config
 from mixlm.core.mixing import normalized_weights
 from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from mixlm.core.rule_options import AVERAGE_METHODS, RULE_PARAMETERS, AnyRule, is_average, rule_name
@@ -29,9 +29,6 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.routing.base import FixedRouter, Router, RouterFunction, as_router, observed_by
 from mixlm.types import Floats
-
-if TYPE_CHECKING:
-    from mixlm.core.combinations import Combination
 
 OnStage = Callable[[str], None]
 LoadedPair = tuple[Any, Any]  # a model and a tokenizer of transformers
@@ -101,8 +98,6 @@ def load(  # noqa: PLR0913 - one option each
     if not names:
         raise ConfigError("no model was named", "name one or more, for example mixlm.load('smollm2-135m')")
     if len(names) == 1 and names[0].lower().endswith(".toml"):
-        from mixlm.config_file import read_config
-
         raw = read_config(names[0]).model_dump(exclude_none=True)
     elif files := [name for name in names if name.lower().endswith(".toml")]:
         raise ConfigError(
@@ -268,8 +263,12 @@ def load_config(  # noqa: PLR0913 - one option each
     defaults = GenerationOptions(
         method=config.method, system=config.system, on_failure=config.on_failure, **rule_options
     )
-    if rule is None:
-        _check_roles_and_router(config, defaults.combination)
+    given = next((member for member in config.members if member.role is not None), None)
+    if given is not None and config.combination is None and rule is None:
+        raise ConfigError(
+            f"{given.name or given.model} has the role {given.role!r}, and there is no rule",
+            "leave it out, or name a rule with roles, such as contrastive",
+        )
     if router is None:
         router = _router(config.router, checked_weights, names)
     if (observes := observed_by(router, len(members))) is not None:
@@ -277,21 +276,6 @@ def load_config(  # noqa: PLR0913 - one option each
 
         check_observing(config.method, names[observes.member])
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
-
-
-def _check_roles_and_router(config: EnsembleConfig, rule: Combination | None) -> None:
-    """Raise ConfigError for roles without a rule, and for a router with a rule that takes no weights."""
-    given = next((member for member in config.members if member.role is not None), None)
-    if given is not None and config.combination is None:
-        raise ConfigError(
-            f"{given.name or given.model} has the role {given.role!r}, and there is no rule",
-            "leave it out, or name a rule with roles, such as contrastive",
-        )
-    if config.router.kind != "fixed" and rule is not None and rule.roles:
-        raise ConfigError(
-            f"there is a router, and rule {rule.name} tells its members apart by their roles, not by weights",
-            "leave [router] out",
-        )
 
 
 def choose_engine(member: MemberConfig) -> str:

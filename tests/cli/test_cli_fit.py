@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from programs import TOYS, Run
 
-from mixlm.config_file import read_config
+from mixlm.config import read_config
 from mixlm.engines.toy import ToySession
 from mixlm.fitting.likelihood import expectation_maximisation
 from mixlm.loading import load

@@ -11,7 +11,7 @@ import pytest
 import tomli_w
 from programs import Run
 
-from mixlm.config_file import read_config
+from mixlm.config import read_config
 from mixlm.engines.toy import ToyEngine
 from mixlm.routing.deferral import DeferralGate
 

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_transformers_engine import build
 from transformers import AutoModelForCausalLM
 
-from mixlm.config import parse_config
-from mixlm.config_file import read_config
+from mixlm.config import parse_config, read_config
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import total_weight_bytes
 from mixlm.engines.contract import assert_close, random_ids, uncached

@@ -13,8 +13,7 @@ import torch
 from test_transformers_engine import build
 
 import mixlm
-from mixlm.config import parse_config
-from mixlm.config_file import read_config
+from mixlm.config import parse_config, read_config
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.contract import random_ids, uncached
 from mixlm.engines.transformers.placement import empty_model, planned_memory

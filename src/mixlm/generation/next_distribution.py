@@ -110,18 +110,6 @@ def ensemble_logprobs(choices: Sequence[Choice], target: RuleTarget) -> Strategy
     return strategy
 
 
-def dense_parts(symbols: Ids, parts: Sequence[Candidates]) -> Floats:
-    """Return each part's probabilities of some symbols: float64 (parts, symbols)."""
-    order = np.argsort(symbols)
-    probs = np.zeros((len(parts), len(symbols)))
-    for row, part in zip(probs, parts, strict=True):
-        places = np.searchsorted(symbols, part.ids, sorter=order)
-        places[places == len(symbols)] = 0
-        is_there = symbols[order[places]] == part.ids
-        np.add.at(row, order[places[is_there]], np.exp(part.logprobs[is_there]))
-    return probs
-
-
 def next_distribution(context: GenerationContext, prompt: EncodedPrompt) -> NextDistribution:
     """Return the distribution of the symbol after a prompt. The unit has distributions over all symbols."""
     result: list[EnsembleParts] = []
@@ -139,7 +127,7 @@ def next_distribution(context: GenerationContext, prompt: EncodedPrompt) -> Next
     return NextDistribution(
         symbols,
         probs / probs.sum(),
-        dense_parts(symbols, parts),
+        np.array([np.bincount(part.ids, np.exp(part.logprobs), context.unit.end + 1)[symbols] for part in parts]),
         weights,
         tuple(context.members[i].name for i in members),
         context.unit,

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -118,24 +119,17 @@ def simplex(members: int, step: float = 0.1) -> Iterator[Floats]:
     grid_points(members, step)
     parts = round(1 / step)
 
-    def counts(left: int, places: int) -> Iterator[tuple[int, ...]]:
-        if places == 1:
-            yield (left,)
-            return
-        for first in range(left + 1):
-            for rest in counts(left - first, places - 1):
-                yield (first, *rest)
-
-    for count in counts(parts, members):
-        yield np.array(count) / parts
+    # Bars among stars: between two of them lie the parts of one member.
+    for bars in combinations(range(parts + members - 1), members - 1):
+        yield (np.diff([-1, *bars, parts + members - 1]) - 1) / parts
 
 
-def grid_search(scores: Scores, step: float = 0.1) -> tuple[WeightFit, list[tuple[Floats, float]]]:
-    """Return the best weights of the grid by likelihood, and bits per byte of every point."""
+def grid_search(scores: Scores, step: float = 0.1) -> WeightFit:
+    """Return the best weights of the grid by likelihood. trace: bits per byte of every point."""
     start = time.perf_counter()
-    points = [(weights, scores.bits_per_byte(scores.mixture(weights))) for weights in simplex(len(scores.names), step)]
-    best = min(points, key=lambda point: point[1])
-    return WeightFit(best[0], tuple(bits for _, bits in points), True, time.perf_counter() - start), points
+    points = list(simplex(len(scores.names), step))
+    trace = [scores.bits_per_byte(scores.mixture(weights)) for weights in points]
+    return WeightFit(points[int(np.argmin(trace))], tuple(trace), True, time.perf_counter() - start)
 
 
 def bootstrap(
@@ -167,10 +161,9 @@ def fit_by_prompt(scores: Scores, weights: Floats) -> tuple[PromptRouter, float]
 
     weights: those that are scaled, float64 (members,). Text without prompts says nothing about it.
     """
-    routers = {sharpness: PromptRouter(weights, sharpness) for sharpness in _SHARPNESS}
-    bits = {
-        sharpness: scores.bits_per_byte(scores.mixture(router_weights(scores, router)))
-        for sharpness, router in routers.items()
-    }
-    best = min(bits, key=lambda sharpness: bits[sharpness])
-    return routers[best], best
+
+    def bits(sharpness: float) -> float:
+        return scores.bits_per_byte(scores.mixture(router_weights(scores, PromptRouter(weights, sharpness))))
+
+    best = min(_SHARPNESS, key=bits)
+    return PromptRouter(weights, best), best

@@ -126,9 +126,7 @@ class FitStudy:
                 for name, scores in self.train.items()
             ],
             "weights": self._named(self.em.weights),
-            "intervals": None
-            if self.intervals is None
-            else dict(zip(self.names, self.intervals.tolist(), strict=True)),
+            "intervals": None if self.intervals is None else self._named(self.intervals),
             "em": {
                 "rounds": len(self.em.trace),
                 "converged": self.em.converged,
@@ -157,8 +155,8 @@ class FitStudy:
             },
         }
 
-    def _named(self, weights: Floats) -> dict[str, float]:
-        return dict(zip(self.names, weights.tolist(), strict=True))
+    def _named(self, values: Floats) -> dict[str, Any]:
+        return dict(zip(self.names, values.tolist(), strict=True))
 
 
 def study(files: Mapping[str, Scores], plan: FitPlan, *, progress: Progress | None = None) -> FitStudy:
@@ -175,55 +173,42 @@ def study(files: Mapping[str, Scores], plan: FitPlan, *, progress: Progress | No
     whole = concatenate(list(train.values()))
     em = expectation_maximisation(whole)
     intervals = bootstrap(whole, rounds=plan.bootstrap) if plan.bootstrap else None
-    grid = grid_search(whole, plan.step)[0] if plan.step is not None else None
+    grid = grid_search(whole, plan.step) if plan.step is not None else None
     by_prompt = fit_by_prompt(whole, em.weights) if whole.prompt_bits.any() else None
     router, start = None, time.perf_counter()
     if plan.router:
         report = None if progress is None else partial(progress, "training the router")
         router = train_gate(list(train.values()), plan.inputs or GateInputs(("text",)), plan.gate, progress=report)
     seconds = time.perf_counter() - start
-    rows = _members(check)
-    rows.append(_fixed("equal weights", check, equal_weights(whole)))
+    fixed = [("equal weights", equal_weights(whole))]
     if plan.given is not None:
-        rows.append(_fixed("weights as given", check, plan.given))
-    rows.append(_fixed("EM", check, em.weights))
+        fixed.append(("weights as given", plan.given))
+    fixed.append(("EM", em.weights))
     if grid is not None:
-        rows.append(_fixed("grid", check, grid.weights))
+        fixed.append(("grid", grid.weights))
+    alone = zip(whole.names, np.eye(len(whole.names)), strict=True)
+    rows = [_row(name, check, [weights] * len(check), kind="member", weights=weights) for name, weights in alone]
+    rows += [_row(name, check, [weights] * len(check), weights=weights) for name, weights in fixed]
     if len(files) > 1:
-        oracle = [check[name].mixture(expectation_maximisation(scores).weights) for name, scores in train.items()]
-        rows.append(_row("EM, each file by itself", check, oracle))
+        own = [expectation_maximisation(scores).weights for scores in train.values()]
+        rows.append(_row("EM, each file by itself", check, own))
+    routers: dict[str, Router] = {} if router is None else {"router": router}
     if by_prompt is not None:
-        rows.append(_routed(f"by prompt, sharpness {by_prompt[1]:g}", check, by_prompt[0]))
-    if router is not None:
-        rows.append(_routed("router", check, router))
+        routers = {f"by prompt, sharpness {by_prompt[1]:g}": by_prompt[0], **routers}
+    for name, routed in routers.items():
+        rows.append(_row(name, check, [router_weights(scores, routed) for scores in check.values()]))
     return FitStudy(train, check, plan.holdout > 0, em, intervals, grid, by_prompt, router, seconds, tuple(rows))
-
-
-def _members(check: Mapping[str, Scores]) -> list[FitRow]:
-    names = next(iter(check.values())).names
-    weights = np.eye(len(names))
-    return [
-        _row(name, check, [scores.logprobs[:, i] for scores in check.values()], kind="member", weights=weights[i])
-        for i, name in enumerate(names)
-    ]
-
-
-def _fixed(name: str, check: Mapping[str, Scores], weights: Floats) -> FitRow:
-    return _row(name, check, [scores.mixture(weights) for scores in check.values()], weights=weights)
-
-
-def _routed(name: str, check: Mapping[str, Scores], router: Router) -> FitRow:
-    return _row(name, check, [scores.mixture(router_weights(scores, router)) for scores in check.values()])
 
 
 def _row(
     name: str,
     check: Mapping[str, Scores],
-    logprobs: Sequence[Floats],
+    by_file: Sequence[Floats],
     *,
     kind: str = "mixture",
     weights: Floats | None = None,
 ) -> FitRow:
-    by_file = tuple(scores.bits_per_byte(lp) for scores, lp in zip(check.values(), logprobs, strict=True))
-    sizes = [scores.size for scores in check.values()]
-    return FitRow(name, kind, by_file, float(np.average(by_file, weights=sizes)), weights)
+    """Return the row of the weights of each file. weights: where they are the same for all text."""
+    pairs = list(zip(check.values(), by_file, strict=True))
+    bits = tuple(scores.bits_per_byte(scores.mixture(own)) for scores, own in pairs)
+    return FitRow(name, kind, bits, float(np.average(bits, weights=[scores.size for scores, _ in pairs])), weights)

@@ -69,11 +69,7 @@ class Stage:
 
 
 class ProgressDisplay:
-    """Shows stages of work: a bar each at a terminal, one line each elsewhere.
-
-    Args:
-        console: Where to write; stderr by default.
-    """
+    """Shows stages of work on a console, by default stderr: a bar each at a terminal, one line each elsewhere."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._given = console
@@ -90,10 +86,7 @@ class ProgressDisplay:
     def stage(self, text: str, total: int | None = None, *, unit: str = "") -> Iterator[Stage]:
         """Show a stage while the block runs.
 
-        Args:
-            text: What is being done.
-            total: The number of steps; None if an update gives it later.
-            unit: "bytes", "items", or "" for a bar without a count.
+        total: the number of steps; None if an update gives it later. unit: "bytes", "items", or "" for no count.
         """
         if not self._console.is_terminal:
             self.line(text)
@@ -111,8 +104,7 @@ class ProgressDisplay:
 def progress_bars(*, single: bool = False) -> Iterator[Progress | None]:
     """Yield a function that shows progress as bars, which disappear at the end; None if stderr is no terminal.
 
-    Args:
-        single: Show one bar whose label changes instead of one bar per label.
+    single: one bar whose label changes, instead of one bar per label.
     """
     if not is_terminal(sys.stderr):
         yield None

@@ -33,13 +33,9 @@ _PLAIN = ("conventional", "mixture")
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What is measured.
+    """What is measured: runs of so many tokens of each method, after one to warm up.
 
-    Args:
-        tokens: Tokens of each run.
-        repeats: Runs of each method, after one to warm up.
-        prompt: The prompt.
-        methods: Methods out of `timing.KINDS`; `single` stands for each member alone.
+    methods: out of `timing.KINDS`; `single` stands for each member alone.
     """
 
     tokens: int = 64
@@ -63,15 +59,14 @@ def bench(
 ) -> BenchReport:
     """Measure the speed of methods: by default each member alone, conventional and mixture. End-of-text is masked.
 
+    Ratios are medians over repeats of the ratio within a repeat.
+
     Args:
         ensemble: The ensemble.
         plan: What is measured.
         options: Generation options of every run.
         progress: Called with the label of a run, the number of finished runs, and the number of all runs.
         rivals: Measured interleaved with the methods, such as another library with the same models.
-
-    Returns:
-        The report. Ratios are medians over repeats of the ratio within a repeat.
 
     Raises:
         ConfigError: The plan or the options are invalid.

@@ -72,11 +72,7 @@ class MethodRun:
 class BenchReport:
     """All runs of a benchmark.
 
-    Args:
-        runs: One entry per method.
-        ratios: Speed ratios by name, see `speed_ratios`.
-        environment: Machine, versions, command, settings and memory.
-        notes: What a reader has to know to interpret the numbers.
+    ratios: of speeds, see `speed_ratios`. notes: what a reader has to know to interpret the numbers.
     """
 
     runs: tuple[MethodRun, ...]

@@ -31,19 +31,11 @@ _DRAFTING = ("speculative", "drafted")
 
 @dataclass(frozen=True, slots=True)
 class TimedRun:
-    """One timed run.
+    """One timed run: tokens and bytes generated in `seconds`, without the first token.
 
-    Args:
-        tokens: Tokens generated in `seconds`, without the first one.
-        seconds: Time of decoding.
-        first: Seconds to the first token.
-        bytes: Bytes of text.
-        forwards: The forwards of decoding, by member.
-        outside: Seconds outside forwards, by token.
-        drafted: Drafts that were verified.
-        accepted: Drafts that were accepted.
-        plan: What `auto` did last.
-        memory: Bytes in use at the end.
+    first: seconds to the first token. forwards: of decoding, by member. outside: seconds outside forwards, by token.
+    drafted, accepted: drafts that were verified, and accepted. plan: what `auto` did last. memory: bytes in use at the
+    end.
     """
 
     tokens: int

@@ -121,8 +121,7 @@ def _complete(conversation: Conversation, generation: ChatGeneration, *, as_json
 def _read(ended: float) -> str | None:
     """Return the next message, or None at the end of input and for Ctrl-C.
 
-    Args:
-        ended: When the last completion ended, by `time.monotonic`. Ctrl-C right after it returns an empty message.
+    ended: when the last completion did, by `time.monotonic`. Ctrl-C right after it returns an empty message.
     """
     try:
         line = _line(_PROMPT)
@@ -191,12 +190,7 @@ def _command(message: str) -> tuple[str | None, str]:
 
 
 class Conversation:
-    """A conversation whose weights, system message and seed can change between turns.
-
-    Args:
-        ensemble: The ensemble.
-        options: The generation options of every turn.
-    """
+    """A conversation whose weights, system message and seed can change between turns."""
 
     def __init__(self, ensemble: Ensemble, options: Options) -> None:
         self.ensemble = ensemble

@@ -80,12 +80,8 @@ def print_table(
 ) -> None:
     """Print a table to stdout.
 
-    Args:
-        heads: The column headings.
-        rows: The cells of each row.
-        right: The headings of right-aligned columns.
-        styles: A rich style for the last cell of each row.
-        head_styles: Rich styles of headings, by heading.
+    right: the heads of right-aligned columns. styles, head_styles: rich styles for the last cell of each row, and for
+    heads by name.
     """
     from rich import box
     from rich.table import Table
@@ -117,12 +113,7 @@ def member_colours(names: Sequence[str]) -> dict[str, int]:
 
 
 class Display:
-    """Shows the completions of one ensemble.
-
-    Args:
-        ensemble: The ensemble.
-        method: The method, for the legend.
-    """
+    """Shows the completions of one ensemble by one method."""
 
     def __init__(self, ensemble: Ensemble, method: str) -> None:
         self._ensemble = ensemble

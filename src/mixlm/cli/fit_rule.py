@@ -34,14 +34,9 @@ def defers(config: EnsembleConfig) -> bool:
 def fit_strength(
     shared: Shared, config: EnsembleConfig, parts: Mapping[str, tuple[str, str]], *, output: Path | None, as_json: bool
 ) -> int:
-    """Fit the strength of the ensemble's rule to the first part of each text; the second is held out.
+    """Fit the strength of the ensemble's rule to the first part of each text, by file; the second is held out.
 
-    Args:
-        shared: The shared options.
-        config: What they describe.
-        parts: Of each text, by file.
-        output: Where the ensemble with the fitted rule is written.
-        as_json: Print one JSON object.
+    output: where the ensemble with the fitted rule is written.
     """
     assert config.combination is not None
     _refuse_fitted(shared, "strength")
@@ -89,8 +84,8 @@ def fit_gate(
 ) -> int:
     """Train a gate of rule defer on the first part of each text; the second is held out.
 
-    Arguments as in `fit_strength`. router, kind: the gate's file, and what it is. price: of a forward of the second
-    member. models: identities, for the cache of scores.
+    router, kind: the gate's file, and what it is. price: of a forward of the second member. models: what
+    `model_identities` returns. output: where the ensemble with the gate is written.
     """
     from mixlm.engines.topk_only import full_distribution_error
     from mixlm.fitting.deferral import DeferralScores, check_members, compare, train_deferral

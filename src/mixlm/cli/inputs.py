@@ -90,14 +90,9 @@ def decode(name: str, data: bytes) -> str:
 
 
 def read_texts(files: Sequence[Path], expected: str = "give a text of at least a few sentences") -> dict[str, str]:
-    """Read files.
+    """Return the texts of files by their names, as the user wrote them; "-", or no file, means standard input.
 
-    Args:
-        files: Paths; "-", or no path at all, means standard input.
-        expected: What to give in place of an empty file.
-
-    Returns:
-        Texts by the file's name, as the user wrote it.
+    expected: what to give in place of an empty file.
 
     Raises:
         UsageError: There is no text, or a file is named twice.
@@ -196,9 +191,8 @@ def score_texts(
         texts: Texts by name.
         pairs: The prompts and answers of those texts that consist of them, by name.
         models: What `model_identities` returns.
-        ends: Whether to score the ends of answers; None for the default.
+        ends, before: See `score_answers`, `score`.
         system: The system message for prompts; None for the ensemble's own.
-        before: What stands in front of texts without prompts.
     """
     from mixlm.scoring.score import score, score_answers
 

@@ -27,12 +27,8 @@ _DEFAULTS = {field.name: field.default for field in (*fields(Sampling), *fields(
 def flag(form: str, text: str, panel: str | None = None, *, shown: bool = True, hidden: bool = False) -> Any:
     """Return an option of a command.
 
-    Args:
-        form: Its names, and what help calls its value, such as "-m --model MODEL".
-        text: What it does.
-        panel: Heading under which help lists it.
-        shown: Whether help shows a default that is a value.
-        hidden: Whether help leaves it out.
+    form: its names, and what help calls its value, such as "-m --model MODEL". text: what it does. panel: heading under
+    which help lists it. shown: whether help shows a default that is a value. hidden: whether help leaves it out.
     """
     names = [word for word in form.split() if word.startswith("-")]
     metavar = " ".join(form.split()[len(names) :]) or None
@@ -131,8 +127,7 @@ class Shared:
     def config(self, *, dtype: str = "auto") -> EnsembleConfig:
         """Return the configuration of the ensemble, before anything is loaded.
 
-        Args:
-            dtype: For members for which neither an option nor the file sets one.
+        dtype: for members for which neither an option nor the file sets one.
 
         Raises:
             ConfigError: A value or the file is not valid.
@@ -270,9 +265,8 @@ def demo() -> Sequence[str]:
 def with_shared(*, unused: Sequence[str] = (), reason: str = "") -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a command the shared options, which it takes as one parameter `shared`, in addition to its own.
 
-    Args:
-        unused: Generation options without an effect on this command: help leaves them out, and they are refused.
-        reason: Why they have none.
+    unused: generation options without an effect on this command, for a reason: help leaves them out, and they are
+    refused.
     """
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:

@@ -22,10 +22,7 @@ _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
     """Run a Typer application and return its exit code.
 
-    Args:
-        app: The application.
-        name: The program's name in messages, such as "mixlm".
-        arguments: The command line without the program; `sys.argv` by default.
+    name: the program's in messages. arguments: the command line without the program; `sys.argv` by default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):

@@ -114,11 +114,7 @@ def visible_line(text: str) -> str:
 def page(title: str, report: Mapping[str, Any], heads: Sequence[str], numbers: Sequence[Sequence[str]]) -> str:
     """Return the HTML page of a scored text.
 
-    Args:
-        title: The title.
-        report: The report that `--json` prints.
-        heads: The headings of the numbers.
-        numbers: A row for each member, which begins with its name; the mixture comes last.
+    report: what `--json` prints. numbers: a row for each member, which begins with its name; the mixture comes last.
     """
     names = list(report["bits_per_byte"]["members"])
     places = {name: i % len(PALETTE) for i, name in enumerate(names)}

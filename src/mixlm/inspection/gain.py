@@ -38,10 +38,7 @@ class GainReport:
     """What an ensemble could gain on a text.
 
     Attributes:
-        bytes: Bytes that were judged; the weights are fitted to others.
-        segments: Segments that they consist of.
-        unit: Of the scores.
-        members: Each member's part.
+        bytes, segments: What was judged; the weights are fitted to others.
         best_member: The one with the fewest bits per byte alone.
         equal: Bits per byte of equal weights.
         fixed: Bits per byte of the best fixed weights, fitted by EM.

@@ -34,14 +34,8 @@ def measure_agreement(
 ) -> tuple[PairReport, ...]:
     """Run every member on a text once, and compare their distributions.
 
-    Args:
-        ensemble: The members.
-        data: The text.
-        pairs: The pairs of members with their shared vocabulary, from `compare_vocabularies`.
-        progress: Called with the progress.
-
     Returns:
-        The pairs with the shared probability mass and the distance between their distributions.
+        The pairs, which `compare_vocabularies` made, with the shared probability mass and the distance.
 
     Raises:
         ConfigError: A member's tokens cannot spell the text, or its context is too short.

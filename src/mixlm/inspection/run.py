@@ -52,9 +52,9 @@ def inspect(
         ensemble: The ensemble.
         question: The user message whose prompts are shown.
         text: A sample text; at most its first 4,000 bytes are used, up to an end of line or a space.
-        measure: False runs no model.
+        measure: Whether models are run.
         options: Generation options, which determine the methods that are possible.
-        progress: Called with the progress.
+        progress: Called with what is done, the steps done, and their number.
 
     Raises:
         ConfigError: The question or the text is empty, or a member's tokens cannot spell the text.

@@ -72,12 +72,7 @@ def describe_router_inputs(ensemble: Ensemble) -> str | None:
 
 
 def check_feasibility(ensemble: Ensemble, options: Mapping[str, Any]) -> tuple[Feasibility, ...]:
-    """Find out which units and methods are possible, by trying each. The error message is the reason if one is not.
-
-    Args:
-        ensemble: The ensemble.
-        options: Generation options.
-    """
+    """Find out which units and methods are possible, by trying each. The error message is the reason if one is not."""
     results = []
     for unit in UNITS:
         if unit != "auto":

@@ -77,13 +77,7 @@ def _described_folder(spec: EngineSpec) -> Engine:
 class UnloadedEngine(Engine):
     """A model that has not been loaded: its tokenizer, prompts and size.
 
-    Args:
-        spec: What would be loaded.
-        text: The tokenizer and the prompts.
-        context: The context length, where it is known.
-        weights_bytes: Memory of the weights, with those of an adapter.
-        details: For reports.
-        adapter_bytes: Memory of the adapter.
+    context: its length, where it is known. weights_bytes: memory of the weights, with those of an adapter.
     """
 
     def __init__(

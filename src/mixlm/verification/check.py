@@ -39,13 +39,9 @@ class CheckResult:
     """The comparison of a strategy with another one, or with the exact distribution.
 
     Args:
-        left: A strategy.
         right: Another strategy, or "exact".
-        unit: The unit.
         position: 1 for the first symbol, 2 for the first two jointly.
-        samples: The number of samples.
         statistic: Pearson's chi-square.
-        p_value: Its p-value.
         total_variation: The distance between the two, on all outcomes.
         expected_total_variation: Its mean if both sample one distribution, by simulation.
         equal: Whether no difference was found.
@@ -67,9 +63,7 @@ class CheckResult:
 class ReferenceSetup:
     """The ensemble whose distribution counts as exact: the same members, possibly in another engine.
 
-    Args:
-        ensemble: The ensemble.
-        tolerance: The total variation per symbol that is allowed between the two, such as by rounding of weights.
+    tolerance: the total variation per symbol that is allowed between the two, such as by rounding of weights.
     """
 
     ensemble: Ensemble
@@ -115,7 +109,7 @@ def check(
         samples: The number of completions per strategy.
         options: Generation options.
         reference: Whose distribution is the exact one; None for the ensemble's own.
-        progress: Called with the strategy, the number of samples so far, and the number of samples.
+        progress: Called with the strategy, the number of samples so far, and of all.
 
     Raises:
         ConfigError: The reference has other members.
@@ -261,11 +255,8 @@ def _between(unit: str, name: str, left: Sequence[Outcome], right: Sequence[Outc
 def _compared(about: tuple[str, str, str], position: int, counts: npt.NDArray[Any], expected: Floats) -> CheckResult:
     """Compare one row of counts with a distribution, or two rows that have a common one.
 
-    Args:
-        about: What is compared with what, and the unit.
-        position: Of the symbols.
-        counts: By outcome, int64 (rows, outcomes).
-        expected: The distribution, float64 (outcomes,).
+    about: what is compared with what, and the unit. counts: int64 (rows, outcomes). expected: the distribution, float64
+    (outcomes,).
     """
     totals = counts.sum(axis=1, keepdims=True)
     statistic, p_value = _chi_square(counts, expected * totals)

@@ -254,12 +254,8 @@ def _last_seam(tokens: set[bytes], text: bytes) -> int:
 def _whole_logits(engine: Engine, ids: Ids, permitted: npt.NDArray[np.bool_] | None, *, whole: bool) -> Logits:
     """Return the logits of every token, float32 (vocab,), or of the most likely ones, -inf for the others.
 
-    Args:
-        engine: A member's.
-        ids: The member's tokens, int64 (n,).
-        permitted: The ids that may be sampled; an engine that reports its most likely tokens only reports those of
-            them. None for all.
-        whole: Whether such an engine is to report all tokens, where it can.
+    permitted: the ids that may be sampled, of which an engine of top tokens reports the most likely ones; None for all.
+    whole: whether such an engine is to report all tokens, where it can.
     """
     session = engine.session()
     allowed = () if permitted is None else (permitted,)

@@ -22,7 +22,6 @@ from mixlm.binding import MemberSpec
 from mixlm.core.options import GenerationOptions
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, wordy_table
 from mixlm.ensemble import Ensemble
-from mixlm.server.api_keys import ApiKeys
 from mixlm.server.app import ServerApp
 from mixlm.server.http_server import GracefulServer, ListenAddress
 from mixlm.server.limits import ServerLimits
@@ -97,7 +96,7 @@ def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
 @contextmanager
 def running(
     ensembles: Mapping[str, Ensemble] | Ensemble,
-    keys: ApiKeys | None = None,
+    keys: Mapping[str, str] | None = None,
     *,
     send_buffer: int = 0,
     tracer: RequestTracer | None = None,

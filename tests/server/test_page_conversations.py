@@ -13,7 +13,7 @@ from browsing import COMPLETIONS, fact, finished, last_text, needs_browser, send
 from serving import endless, running, wait
 
 from mixlm.loading import load
-from mixlm.server.api_keys import ApiKeys, hash_key
+from mixlm.server.api_keys import hash_key
 from mixlm.server.page_files import PAGE_FILES
 
 PAGE = Path(__file__).resolve().parents[2] / "src" / "mixlm" / "server" / "page"
@@ -295,7 +295,7 @@ def test_errors_keep_the_question(endless_toys, page):
 
 @pytest.mark.slow
 def test_a_key_is_asked_for_until_it_is_right(page):
-    with running(load("toy:1", "toy:2"), ApiKeys({hash_key(KEY): "ada"})) as server:
+    with running(load("toy:1", "toy:2"), {hash_key(KEY): "ada"}) as server:
         page.goto(server.url)
         page.wait_for_selector("#key[open]")
         assert page.is_hidden("#key-wrong")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from serving import HELLO, endless, events, running
+from toys import fixed
 
 import mixlm
 from mixlm.binding import MemberSpec
@@ -22,6 +23,7 @@ from mixlm.errors import UnsupportedError
 from mixlm.loading import load
 from mixlm.server import request_schemas
 from mixlm.server.api_errors import to_api_error
+from mixlm.types import Message
 
 PAIR = load("toy:1", "toy:2")
 IMAGE = {"type": "image_url", "image_url": {}}
@@ -293,8 +295,6 @@ def test_what_a_request_leaves_out_is_the_ensembles_own():
 
 
 def _messages(messages):
-    from mixlm.types import Message
-
     return [Message(message["role"], message["content"]) for message in messages]
 
 
@@ -570,9 +570,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_streams(toys):
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"[1]", b"nul", b'"x"', b"\xff", b"[" * 100_000, b'{"messages": "\\ud800"}']
-)
+@pytest.mark.parametrize("body", NO_REQUESTS)
 def test_bodies_that_are_no_request(toys, body):
     response = toys.client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
@@ -589,14 +587,8 @@ def test_paths_and_methods_that_there_are_not(toys):
 
 def test_a_character_of_several_tokens_arrives_whole():
     """A toy that writes an umlaut byte by byte; the first event of the two has no text."""
-    from toys import fixed
-
-    from mixlm.binding import MemberSpec
-    from mixlm.ensemble import Ensemble
-
     tokens = [b"a", b"\xc3", b"\xbc", b" "]
     umlaut = fixed({b"a": 1.0}, tokens)
-    import numpy as np
 
     def table(context):
         logits = np.full(6, -np.inf)

@@ -18,7 +18,7 @@ from serving import HELLO, endless, running
 from mixlm.binding import MemberSpec
 from mixlm.ensemble import Ensemble
 from mixlm.loading import load
-from mixlm.server.api_keys import ApiKeys, hash_key
+from mixlm.server.api_keys import hash_key
 
 PAIR = load("toy:1", "toy:2")
 
@@ -131,7 +131,7 @@ def test_openai_sdk_understands_errors(sdk, toys):
     assert refused.value.request_id
     with pytest.raises(openai.NotFoundError):
         sdk.chat.completions.create(model="none", messages=HELLO)
-    with running(endless(0.01), ApiKeys({hash_key("a-long-and-random-key"): "ada"}), request_timeout=0.3) as guarded:
+    with running(endless(0.01), {hash_key("a-long-and-random-key"): "ada"}, request_timeout=0.3) as guarded:
         client = openai.OpenAI(base_url=guarded.url + "/v1", api_key="a-long-and-random-key", max_retries=0)
         with client, pytest.raises(openai.APIError, match="took longer"):
             list(client.chat.completions.create(model="toys", messages=HELLO, max_tokens=3000, stream=True))

@@ -16,7 +16,7 @@ from mixlm.binding import MemberSpec
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.loading import load
-from mixlm.server.api_keys import ApiKeys, hash_key
+from mixlm.server.api_keys import hash_key
 from mixlm.server.completion_handler import CompletionHandler
 from mixlm.server.completions_format import CompletionsFormat
 from mixlm.server.protocols.responses import ResponsesFormat
@@ -26,7 +26,7 @@ KEYS = {name: f"the-long-random-key-of-{name}" for name in ("ada", "bob")}
 
 
 def two_clients():
-    return ApiKeys({hash_key(key): name for name, key in KEYS.items()})
+    return {hash_key(key): name for name, key in KEYS.items()}
 
 
 def post(server, name, body):

@@ -17,7 +17,7 @@ from serving import HELLO, events, running
 from mixlm.binding import MemberSpec
 from mixlm.ensemble import Ensemble
 from mixlm.loading import load
-from mixlm.server.api_keys import ApiKeys, hash_key
+from mixlm.server.api_keys import hash_key
 
 PARAMETERS = {
     "type": "object",
@@ -364,7 +364,7 @@ def test_what_is_too_long_is_named():
 
 @pytest.mark.slow
 def test_stored_responses_are_bounded_and_the_clients_own():
-    keys = ApiKeys({hash_key("a-long-and-random-key"): "ada", hash_key("another-random-key-of-bo"): "bo"})
+    keys = {hash_key("a-long-and-random-key"): "ada", hash_key("another-random-key-of-bo"): "bo"}
     with running(load("toy:1"), keys, max_stored_bytes=6000) as server:
 
         def create(key="a-long-and-random-key", **fields):
@@ -481,7 +481,7 @@ def test_errors_of_messages_have_their_form(toys):
     error = response.json()
     assert (error["type"], error["error"]["type"]) == ("error", "invalid_request_error")
     assert "max_tokens" in error["error"]["message"]
-    with running(load("toy:1"), ApiKeys({hash_key("a-long-and-random-key"): "ada"})) as server:
+    with running(load("toy:1"), {hash_key("a-long-and-random-key"): "ada"}) as server:
         body = {"messages": HELLO, "max_tokens": 3, "stop_sequences": ["zzz"], "system": "x"}
         assert server.post("/v1/messages", body).status_code == 401
         assert server.post("/v1/messages", body, headers={"x-api-key": "a-long-and-random-key"}).status_code == 200

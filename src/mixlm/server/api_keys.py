@@ -9,7 +9,6 @@ import hashlib
 import hmac
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mixlm.errors import ConfigError
@@ -19,20 +18,11 @@ _LINE = re.compile(r"(?P<name>[\w.@-]{1,64})\s+(?P<hash>[0-9a-f]{64})")
 _MIN_LENGTH = 16
 
 
-@dataclass(frozen=True)
-class ApiKeys:
-    """The accepted keys. names: the name of each key, by its hash; when empty, no key is required."""
-
-    names: Mapping[str, str] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.names)
-
-    def holder(self, key: str) -> str | None:
-        """Return the name of a key, or None for an unknown key."""
-        digest = hash_key(key)
-        holders = [name for known, name in self.names.items() if hmac.compare_digest(known, digest)]
-        return holders[0] if holders else None
+def key_holder(keys: Mapping[str, str], key: str) -> str | None:
+    """Return the name of a key, or None for an unknown key. keys: names by the hashes of accepted keys."""
+    digest = hash_key(key)
+    holders = [name for known, name in keys.items() if hmac.compare_digest(known, digest)]
+    return holders[0] if holders else None
 
 
 def hash_key(key: str) -> str:
@@ -40,8 +30,8 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
-def load_api_keys(path: Path | None, environment: Mapping[str, str]) -> ApiKeys:
-    """Load the accepted keys from a file and from the environment.
+def load_api_keys(path: Path | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of the accepted keys by their hashes, from a file and from the environment.
 
     Args:
         path: A file whose lines are a name and a SHA-256; empty lines and lines that begin with # are skipped.
@@ -72,4 +62,4 @@ def load_api_keys(path: Path | None, environment: Mapping[str, str]) -> ApiKeys:
         if len(key) < _MIN_LENGTH:
             raise ConfigError(f"key {number} in {VARIABLE} has less than {_MIN_LENGTH} characters", "take a random one")
         names[hash_key(key)] = f"key-{number}"
-    return ApiKeys(names)
+    return names

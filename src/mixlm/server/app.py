@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,6 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from mixlm.server.api_errors import unsupported_field
-from mixlm.server.api_keys import ApiKeys
 from mixlm.server.chat_schemas import ChatBody
 from mixlm.server.completion_handler import CompletionHandler
 from mixlm.server.completions_format import CompletionsFormat
@@ -41,14 +40,15 @@ from mixlm.server.tracing import RequestTracer
 class ServerApp:
     """The parts of one server, and its routes; `asgi` is the application.
 
-    keys: none by default, then anyone may ask. hosts: names that a Host header may have; None for any.
+    keys: names by the hashes of keys; without any, anyone may ask. hosts: names that a Host header may have; None for
+    any.
     """
 
     def __init__(
         self,
         registry: ModelRegistry,
         limits: ServerLimits,
-        keys: ApiKeys | None = None,
+        keys: Mapping[str, str] | None = None,
         hosts: Collection[str] | None = None,
         tracer: RequestTracer | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class ServerApp:
         routes = self._routes()
         router = Router(routes, redirect_slashes=False, lifespan=self._lifespan)
         paths = {route.path for route in routes}
-        self.asgi: ASGIApp = RequestMiddleware(router, paths, keys or ApiKeys(), self.metrics, hosts, tracer)
+        self.asgi: ASGIApp = RequestMiddleware(router, paths, keys or {}, self.metrics, hosts, tracer)
 
     @property
     def has_busy_threads(self) -> bool:
@@ -78,7 +78,11 @@ class ServerApp:
         return sum({key: size for engine in engines for key, size in engine.prefix_cache_parts.items()}.values())
 
     def _routes(self) -> list[Route]:
-        document = to_json(openapi_document(self.limits))
+        static = {
+            path: Response(file.read_bytes(), media_type=media_type, headers={"cache-control": "no-cache"})
+            for path, (file, media_type) in PAGE_FILES.items()
+        }
+        static["/openapi.json"] = _json(openapi_document(self.limits))
         return [
             Route("/v1/models", self._get_models),
             Route("/v1/models/{name:path}", self._get_model),
@@ -90,11 +94,7 @@ class ServerApp:
             Route("/health", self._get_health),
             Route("/ready", self._get_ready),
             Route("/metrics", self._get_metrics),
-            Route("/openapi.json", _static(document, "application/json")),
-            *(
-                Route(path, _static(file.read_bytes(), media_type, {"cache-control": "no-cache"}))
-                for path, (file, media_type) in PAGE_FILES.items()
-            ),
+            *(Route(path, response, methods=["GET"]) for path, response in static.items()),
         ]
 
     @asynccontextmanager
@@ -186,12 +186,3 @@ class ServerApp:
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(to_json(value), status, media_type="application/json")
-
-
-def _static(
-    data: bytes, media_type: str, headers: dict[str, str] | None = None
-) -> Callable[[Request], Awaitable[Response]]:
-    async def get_static(_request: Request) -> Response:
-        return Response(data, media_type=media_type, headers=headers)
-
-    return get_static

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -26,12 +25,8 @@ class TextPart(StrictBody):
     text: str
 
 
-class _HasText(Protocol):
-    text: str
-
-
-def joined_text(content: str | Sequence[_HasText]) -> str:
-    """Return a content as one text."""
+def joined_text(content: str | list[Any]) -> str:
+    """Return a content, which may have parts, as one text."""
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 

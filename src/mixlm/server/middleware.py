@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixlm.server.api_errors import ApiError, to_api_error
-from mixlm.server.api_keys import ApiKeys
+from mixlm.server.api_keys import key_holder
 from mixlm.server.json_encoding import to_json
 from mixlm.server.metrics import ServerMetrics
 from mixlm.server.page_files import PAGE_FILES
@@ -45,12 +45,13 @@ _SECURITY_HEADERS = {
 class RequestMiddleware:
     """ASGI middleware around the application, whose errors become responses.
 
-    routes: other paths count as "other" in metrics and logs. hosts: names that a Host header may have; None for any.
+    routes: other paths count as "other" in metrics and logs. keys: names by hashes; without any, anyone may ask. hosts:
+    names that a Host header may have; None for any.
     """
 
     app: ASGIApp
     routes: Collection[str]
-    keys: ApiKeys
+    keys: Mapping[str, str]
     metrics: ServerMetrics
     hosts: Collection[str] | None
     tracer: RequestTracer | None
@@ -110,7 +111,7 @@ class RequestMiddleware:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if not key and scope["path"] == MESSAGES_PATH:
             scheme, key = "bearer", headers.get("x-api-key", "")
-        holder = self.keys.holder(key.strip()) if scheme.lower() == "bearer" else None
+        holder = key_holder(self.keys, key.strip()) if scheme.lower() == "bearer" else None
         if holder is None:
             why = "this API key is not known" if key else "an API key is needed"
             raise ApiError(

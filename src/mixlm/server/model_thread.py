@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -76,26 +76,23 @@ class JobCancelled:
 JobEvent = JobQueued | GenerationStarted | TokensGenerated | JobFailed | JobCancelled
 
 
+@dataclass(slots=True, eq=False)
 class Job:
     """The generations of one request. It belongs to the event loop; the model thread reads only `client`.
 
-    Args:
-        client: Who sent the request; clients take turns.
-        num_generations: How many generations it consists of.
-
     Attributes:
-        events: What happened to the job, in order.
+        client: Who sent the request; clients take turns.
         unfinished: Number of generations that have not ended.
+        events: What happened to the job, in order.
         started: Whether the model thread has its generations.
         cancelled: Whether the job was cancelled.
     """
 
-    def __init__(self, client: str, num_generations: int) -> None:
-        self.client = client
-        self.events: asyncio.Queue[JobEvent] = asyncio.Queue()
-        self.unfinished = num_generations
-        self.started = False
-        self.cancelled = False
+    client: str
+    unfinished: int
+    events: asyncio.Queue[JobEvent] = field(default_factory=asyncio.Queue)
+    started: bool = False
+    cancelled: bool = False
 
 
 @dataclass(slots=True, eq=False)

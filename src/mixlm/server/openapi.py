@@ -17,7 +17,7 @@ from mixlm.version import __version__
 _REFERENCE = "#/components/schemas/{model}"
 _SCHEMAS: tuple[type, ...] = (
     *(ChatBody, CompletionBody, ResponsesBody, MessagesBody),
-    *(responses.ChatCompletion, responses.ChatChunk, responses.TextCompletion),
+    *(responses.ChatCompletion, responses.TextCompletion),
     *(responses.Response, responses.Deleted, responses.MessageResponse, responses.MessagesError),
     *(responses.ModelList, responses.Model, responses.Health, responses.Error),
 )
@@ -41,27 +41,22 @@ def openapi_document(limits: ServerLimits) -> dict[str, Any]:
     """Return the document as a JSON object."""
     adapters: list[Any] = [(schema, "validation", TypeAdapter(schema)) for schema in _SCHEMAS]
     schemas = TypeAdapter.json_schemas(adapters, ref_template=_REFERENCE)[1]["$defs"]
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    response_id = {**name, "name": "id"}
     paths = {
         "/v1/models": {"get": _get("List the models.", "ModelList", _COMMON_ERRORS)},
         "/v1/models/{name}": {
-            "get": {
-                "parameters": [name],
-                **_get("Describe a model.", "Model", {**_COMMON_ERRORS, "404": "There is no such model."}),
-            }
+            **_in_path("name"),
+            "get": _get("Describe a model.", "Model", {**_COMMON_ERRORS, "404": "There is no such model."}),
         },
         "/v1/chat/completions": {"post": _post("Answer a conversation.", "ChatBody", "ChatCompletion")},
         "/v1/completions": {"post": _post("Continue a text.", "CompletionBody", "TextCompletion")},
         "/v1/responses": {"post": _post("Answer a conversation, in OpenAI's newer form.", "ResponsesBody", "Response")},
         "/v1/responses/{id}": {
-            "get": {"parameters": [response_id], **_get("Get a stored response.", "Response", _STORED_ERRORS)},
-            "delete": {"parameters": [response_id], **_get("Forget a response.", "Deleted", _STORED_ERRORS)},
+            **_in_path("id"),
+            "get": _get("Get a stored response.", "Response", _STORED_ERRORS),
+            "delete": _get("Forget a response.", "Deleted", _STORED_ERRORS),
         },
         "/v1/messages": {
-            "post": _post(
-                "Answer a conversation, in Anthropic's form.", "MessagesBody", "MessageResponse", "MessagesError"
-            )
+            "post": _post("Answer, in Anthropic's form.", "MessagesBody", "MessageResponse", "MessagesError")
         },
         "/health": {"get": _get("Whether the server is alive.", "Health", {"503": "It is not."}, error="Health")},
         "/ready": {"get": _get("Whether it accepts requests.", "Health", {"503": "It does not."}, error="Health")},
@@ -71,12 +66,13 @@ def openapi_document(limits: ServerLimits) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "mixlm", "version": __version__, "description": limits_text},
         "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+        "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"key": []}],
     }
+
+
+def _in_path(name: str) -> dict[str, Any]:
+    return {"parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]}
 
 
 def _get(summary: str, schema: str, errors: dict[str, str], *, error: str = "Error") -> dict[str, Any]:
@@ -89,13 +85,13 @@ def _post(summary: str, body: str, schema: str, error: str = "Error") -> dict[st
     success = operation["responses"]["200"]
     success["description"] = "The completions; with stream, as server-sent events."
     success["content"]["text/event-stream"] = {"schema": {"type": "string"}}
-    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _reference(body)}}}
+    operation["requestBody"] = {"required": True, "content": _content(body)}
     return operation
 
 
 def _response(description: str, schema: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": _reference(schema)}}}
+    return {"description": description, "content": _content(schema)}
 
 
-def _reference(schema: str) -> dict[str, str]:
-    return {"$ref": _REFERENCE.format(model=schema)}
+def _content(schema: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": _REFERENCE.format(model=schema)}}}

@@ -29,9 +29,7 @@ class RequestRecord:
         finished: Number of completions that were finished.
         tokens: Number of tokens generated.
         error: Code of the error in the response.
-        cancelled: Why the job was cancelled.
         trace_id: Of the exported trace, in hexadecimal.
-        trace_attributes: Attributes of the exported span.
     """
 
     request_id: str

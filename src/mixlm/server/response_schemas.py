@@ -95,15 +95,6 @@ class TextLogprobs(TypedDict):
     text_offset: list[int]
 
 
-class ToolCallDelta(TypedDict):
-    """What a chunk adds to a call. index: of the call. function: its arguments; its name in the first."""
-
-    index: int
-    id: NotRequired[str]
-    type: NotRequired[Literal["function"]]
-    function: dict[str, str]
-
-
 class AssistantMessage(TypedDict):
     """A chat completion as a message. content: null in front of calls alone."""
 
@@ -134,22 +125,6 @@ class TextChoice(_Choice):
     logprobs: TextLogprobs | None
 
 
-class Delta(TypedDict):
-    """What a chunk adds to a message."""
-
-    role: NotRequired[Literal["assistant"]]
-    content: NotRequired[str]
-    tool_calls: NotRequired[list[ToolCallDelta]]
-
-
-class ChunkChoice(_Choice):
-    """What a chunk adds to one chat completion."""
-
-    delta: Delta
-    finish_reason: OpenAIFinishReason | None
-    logprobs: ChatLogprobs | None
-
-
 class _Completion(TypedDict):
     id: str
     created: int
@@ -163,14 +138,6 @@ class ChatCompletion(_Completion):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
-
-
-class ChatChunk(_Completion):
-    """One event of a streamed /v1/chat/completions."""
-
-    object: Literal["chat.completion.chunk"]
-    choices: list[ChunkChoice]
-    usage: NotRequired[Usage | None]
 
 
 class TextCompletion(_Completion):

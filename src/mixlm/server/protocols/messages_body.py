@@ -70,11 +70,6 @@ class TurnBody(StrictBody):
             raise ValueError(f"a turn of the {self.role} has no {wrong.type}")
         return self
 
-    @property
-    def is_text(self) -> bool:
-        """Whether it is text alone."""
-        return isinstance(self.content, str) or all(isinstance(block, TextBlock) for block in self.content)
-
 
 class CustomTool(StrictBody):
     """A function that can be called."""
@@ -140,12 +135,13 @@ class MessagesBody(StrictBody):
         fields: dict[str, Any] = {
             "messages": messages,
             "stop": self.stop_sequences,
-            "mixlm": self.mixlm and self.mixlm.model_dump(exclude_unset=True),
             **{
-                name: getattr(self, name) for name in ("model", "max_tokens", "stream", "temperature", "top_k", "top_p")
+                name: getattr(self, name)
+                for name in ("model", "max_tokens", "stream", "temperature", "top_k", "top_p", "mixlm")
             },
         }
-        if self.messages[-1].role == "assistant" and self.messages[-1].is_text:
+        last = self.messages[-1]
+        if last.role == "assistant" and all(isinstance(block, str | TextBlock) for block in last.content):
             fields["continue_final_message"] = True
         if self.tools:
             functions = [
@@ -157,7 +153,7 @@ class MessagesBody(StrictBody):
             words = {"auto": "auto", "any": "required", "none": "none"}
             fields["tool_choice"] = words.get(choice.type) or {"type": "function", "function": {"name": choice.name}}
             fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
-        return {name: value for name, value in fields.items() if value is not None}
+        return fields
 
 
 def _messages(turn: TurnBody) -> list[dict[str, Any]]:

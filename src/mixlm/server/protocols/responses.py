@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +44,7 @@ class ResponsesFormat(CompletionsFormat):
         # Of the tokens since the last event with text.
         self._unsent_logprobs: list[Any] = []
         self._unsent_members: list[str] = []
-        self._unsent_forwards: Counter[str] = Counter()
+        self._unsent_forwards: dict[str, int] = {}
         # Not the request's id, which a client may choose: others could replace what is stored.
         self.response_id = f"resp_{secrets.token_hex(16)}"
 
@@ -66,12 +65,12 @@ class ResponsesFormat(CompletionsFormat):
     def token_chunks(self, index: int, token: Token, forwards: Mapping[str, int]) -> list[bytes]:
         """Return the events of one token."""
         self._add(token)
-        self._unsent_forwards.update(forwards)
+        self._count(forwards)
         return named_events(self._part_events(self._parsers[index].push(token.text)))
 
     def final_chunks(self, index: int, completion: Completion, forwards: Mapping[str, int]) -> list[bytes]:
         """Return the events at the end of the completion."""
-        self._unsent_forwards.update(forwards)
+        self._count(forwards)
         return named_events(self._last_events(completion))
 
     def last_chunks(self, completions: Sequence[Completion]) -> list[bytes]:
@@ -85,6 +84,10 @@ class ResponsesFormat(CompletionsFormat):
         response = {**self._response("failed"), "error": details}
         failed = [self._event("error", **details, param=error.param), self._event("response.failed", response=response)]
         return named_events(failed)
+
+    def _count(self, forwards: Mapping[str, int]) -> None:
+        for member, passes in forwards.items():
+            self._unsent_forwards[member] = self._unsent_forwards.get(member, 0) + passes
 
     def _add(self, token: Token) -> None:
         self._unsent_members.append(token.member)
@@ -146,9 +149,8 @@ class ResponsesFormat(CompletionsFormat):
 
     def _text_event(self, kind: str, text: str, **fields: Any) -> dict[str, Any]:
         """Return the event of further text of the last item."""
-        extras = {"members": self._unsent_members, "forwards": dict(self._unsent_forwards)}
-        self._unsent_members = []
-        self._unsent_forwards.clear()
+        extras = {"members": self._unsent_members, "forwards": self._unsent_forwards}
+        self._unsent_members, self._unsent_forwards = [], {}
         return self._item_event(f"{kind}.delta", delta=text, **fields, mixlm=extras)
 
     def _item_event(self, kind: str, **fields: Any) -> dict[str, Any]:

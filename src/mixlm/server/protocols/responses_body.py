@@ -224,33 +224,27 @@ class ResponsesBody(StrictBody):
             "top_logprobs": self.top_logprobs,
             "reasoning_effort": self.reasoning and self.reasoning.effort,
             "verbosity": self.text and self.text.verbosity,
-            "mixlm": self.mixlm and self.mixlm.model_dump(exclude_unset=True),
-            **{name: getattr(self, name) for name in ("temperature", "top_p", "stream", "parallel_tool_calls", "seed")},
+            **{
+                name: getattr(self, name)
+                for name in ("temperature", "top_p", "stream", "parallel_tool_calls", "seed", "mixlm")
+            },
         }
         if self.tools:
-            fields["tools"] = [
-                {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
-                for tool in self.tools
-            ]
+            fields["tools"] = [{"type": "function", "function": tool} for tool in self.tools]
         match self.tool_choice:
             case NamedFunctionTool() as tool:
-                fields["tool_choice"] = _named_tool(tool)
+                fields["tool_choice"] = {"type": "function", "function": tool}
             case AllowedFunctionTools() as allowed:
-                functions = {"mode": allowed.mode, "tools": [_named_tool(tool) for tool in allowed.tools]}
-                fields["tool_choice"] = {"type": "allowed_tools", "allowed_tools": functions}
+                tools = [{"type": "function", "function": tool} for tool in allowed.tools]
+                fields["tool_choice"] = {"type": allowed.type, "allowed_tools": {"mode": allowed.mode, "tools": tools}}
             case word:
                 fields["tool_choice"] = word
         match self.text and self.text.format:
             case SchemaFormat() as schema:
-                named = {"name": schema.name, "schema": schema.of}
-                fields["response_format"] = {"type": "json_schema", "json_schema": named}
-            case JsonObject():
-                fields["response_format"] = {"type": "json_object"}
-        return {name: value for name, value in fields.items() if value is not None}
-
-
-def _named_tool(tool: NamedFunctionTool) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": tool.name}}
+                fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+            case JsonObject() as json_object:
+                fields["response_format"] = json_object
+        return fields
 
 
 def call_dict(call_id: str, name: str, arguments: str) -> dict[str, Any]:

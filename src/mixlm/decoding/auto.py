@@ -7,7 +7,6 @@ distribution.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
@@ -34,13 +33,6 @@ def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     """Return the strategy; it has no options."""
     costs = ForwardCostEstimator(context.forwards, context.sizes, context.batch_keys)
     return Auto(costs, context.names, context.speculation, observed=context.observed)
-
-
-class Plan(NamedTuple):
-    """What drafts, and how many proposals of a block are verified; 0 for the plain mixture."""
-
-    draft: Draft
-    block: int
 
 
 class Auto:
@@ -85,8 +77,13 @@ class Auto:
         self._steps += len(choices)
         return choices
 
-    def plan(self, weights: Floats, *, is_trial: bool = False) -> Plan:
-        """Return the cheapest plan for weights (members,). is_trial: assume a good acceptance rate of every draft."""
+    def plan(self, weights: Floats, *, is_trial: bool = False) -> tuple[Draft, int]:
+        """Return what drafts, and how many proposals of a block are verified; 0 for the plain mixture.
+
+        Args:
+            weights: float64 (members,).
+            is_trial: Assume a good acceptance rate of every draft.
+        """
         costs = self._costs.estimate()
         plain = mixture_seconds(weights, costs)
         if self._observed is not None:
@@ -102,12 +99,12 @@ class Auto:
                     cheapest, member_plan = seconds, (member, block)
         if member_plan is not None:
             member, block = member_plan
-            return Plan(MemberDraft(member, self._names[member]), block)
+            return MemberDraft(member, self._names[member]), block
         lookup = LookupDraft()
         if self._observed is not None:
-            return Plan(lookup, 0)
+            return lookup, 0
         worthwhile = self._acceptance(lookup.name, is_trial) > _MIN_LOOKUP_ACCEPTANCE
-        return Plan(lookup, LOOKUP_BLOCK if worthwhile else 0)
+        return lookup, LOOKUP_BLOCK if worthwhile else 0
 
     def _acceptance(self, name: str, is_trial: bool) -> float:
         return smoothed_acceptance(self._by_draft.get(name, SpeculationStats()), is_trial=is_trial)

@@ -38,14 +38,26 @@ _MIN_FORWARDS = 4  # of a length, below which they say nothing
 
 @dataclass(frozen=True)
 class ForwardCosts:
-    """c in seconds and s of each member, float64 (members,); c is NaN where it is not known."""
+    """c in seconds and s of each member, float64 (members,); c is NaN where it is not known.
+
+    batch_keys: members of equal ones run in one forward; () for none.
+    """
 
     seconds: Floats
     slopes: Floats
+    batch_keys: Sequence[Hashable] = ()
 
     def __call__(self, member: int, tokens: float = 1) -> float:
         """Return the seconds of a forward of a member over so many tokens."""
         return float(self.seconds[member] * (1 + self.slopes[member] * (tokens - 1)))
+
+    def together(self, members: Sequence[int], tokens: float = 1, chances: Sequence[float] | None = None) -> float:
+        """Return the seconds of one forward of each of several members; chances: with which each of them runs."""
+        by_key: dict[Hashable, float] = {}
+        for member, chance in zip(members, chances or [1.0] * len(members), strict=True):
+            key = self.batch_keys[member] if self.batch_keys else member
+            by_key[key] = max(chance * self(member, tokens), by_key.get(key, 0.0))
+        return sum(by_key.values())
 
 
 class DraftPlan(NamedTuple):
@@ -91,15 +103,13 @@ class ForwardCostEstimator:
         self._slopes |= {key: slope for key, log in by_key.items() if (slope := _median_slope(log)) is not None}
         slopes = np.array([self._slopes[key] for key in self._batch_keys])
         measured = [
-            median(forward.seconds / (1 + slope * (forward.tokens - 1)) for forward in log) if log else None
+            median(forward.seconds / (1 + slope * (forward.tokens - 1)) for forward in log) if log else np.nan
             for log, slope in zip(logs, slopes, strict=True)
         ]
-        rates = [seconds / size for seconds, size in zip(measured, self._sizes, strict=True) if seconds is not None]
-        rate = median(rates) if rates else 1.0
-        costs = [
-            rate * size if seconds is None else seconds for seconds, size in zip(measured, self._sizes, strict=True)
-        ]
-        return ForwardCosts(np.array(costs), slopes)
+        seconds, sizes = np.array(measured, dtype=np.float64), np.array(self._sizes)
+        known = np.isfinite(seconds)
+        rate = np.median(seconds[known] / sizes[known]) if known.any() else 1.0
+        return ForwardCosts(np.where(known, seconds, rate * sizes), slopes, self._batch_keys)
 
 
 def fit_forward_costs(logs: Sequence[Sequence[Forward]]) -> ForwardCosts:
@@ -176,19 +186,7 @@ def drafted_greedy_seconds(weights: Floats, costs: ForwardCosts, plan: DraftPlan
     return float(seconds / _expected_accepted(plan))
 
 
-def together_seconds(
-    members: Sequence[int], costs: ForwardCosts, batch_keys: Sequence[Hashable], tokens: float = 1
-) -> float:
-    """Return the seconds of one forward of each of several members. Those with equal batch keys run in one."""
-    by_key: dict[Hashable, float] = {}
-    for member in members:
-        by_key[batch_keys[member]] = max(costs(member, tokens), by_key.get(batch_keys[member], 0.0))
-    return sum(by_key.values())
-
-
-def layered_seconds(
-    members: Sequence[int], first: Floats, decided: Floats, costs: ForwardCosts, batch_keys: Sequence[Hashable]
-) -> float:
+def layered_seconds(members: Sequence[int], first: Floats, decided: Floats, costs: ForwardCosts) -> float:
     """Return the expected seconds of a token by `layered` without drafts.
 
     Args:
@@ -197,21 +195,17 @@ def layered_seconds(
         decided: The share of such positions that it decides alone, float64 (members,); 0 everywhere for a rule that
             needs all members, which then run at once.
         costs: Of forwards.
-        batch_keys: Members of equal ones run in one forward.
     """
     if not decided.any():
-        return together_seconds(members, costs, batch_keys)
+        return costs.together(members)
     seconds = 0.0
-    for member, share, stops in zip(members, first, decided, strict=True):
-        others = [other for other in members if other != member]
-        rest = together_seconds(others, costs, batch_keys)
-        seconds += float(share) * (costs(member, 1) + float(1 - stops) * rest)
+    for member, share, stops in zip(members, first.tolist(), decided.tolist(), strict=True):
+        rest = costs.together([other for other in members if other != member])
+        seconds += share * (costs(member) + (1 - stops) * rest)
     return seconds
 
 
-def layered_drafted_seconds(
-    members: Sequence[int], costs: ForwardCosts, batch_keys: Sequence[Hashable], plan: DraftPlan, decided: float
-) -> float:
+def layered_drafted_seconds(members: Sequence[int], costs: ForwardCosts, plan: DraftPlan, decided: float) -> float:
     """Return the expected seconds of a token where a member drafts that decides a share of the positions alone.
 
     A block has (m + 1) / (1 - decided) positions, of which all but the undecided need neither a guess nor a
@@ -220,28 +214,19 @@ def layered_drafted_seconds(
     undecided = max(1 - decided, 0.03)
     positions, tokens = (plan.block + 1) / undecided, _expected_accepted(plan) / undecided
     others = [member for member in members if member != plan.member]
-    return (positions * costs(plan.member, 1) + together_seconds(others, costs, batch_keys, positions)) / tokens
+    return (positions * costs(plan.member) + costs.together(others, positions)) / tokens
 
 
 def layered_lookup_seconds(
-    members: Sequence[int],
-    first: Floats,
-    decided: Floats,
-    costs: ForwardCosts,
-    batch_keys: Sequence[Hashable],
-    plan: DraftPlan,
+    members: Sequence[int], first: Floats, decided: Floats, costs: ForwardCosts, plan: DraftPlan
 ) -> float:
     """Return the expected seconds of a token where proposals of a plan that cost nothing are verified, by `layered`.
 
     A member runs over all the positions of a block where one of them needs it. Arguments as in `layered_seconds`.
     """
-    undecided = float(first @ (1 - decided))
-    needed = [share + undecided - share * (1 - stops) for share, stops in zip(first, decided, strict=True)]
-    by_key: dict[Hashable, float] = {}
-    for member, chance in zip(members, needed, strict=True):
-        seconds = float(1 - (1 - chance) ** (plan.block + 1)) * costs(member, plan.block + 1)
-        by_key[batch_keys[member]] = max(seconds, by_key.get(batch_keys[member], 0.0))
-    return sum(by_key.values()) / _expected_accepted(plan)
+    needed = first + first @ (1 - decided) - first * (1 - decided)
+    chances = (1 - (1 - needed) ** (plan.block + 1)).tolist()
+    return costs.together(members, plan.block + 1, chances) / _expected_accepted(plan)
 
 
 def _expected_accepted(plan: DraftPlan) -> float:

@@ -1,17 +1,8 @@
 """`layered`: any rule's distribution, with no more members at a position than it takes to be certain of the symbol.
 
-A rule `C(q_1, …, q_n)` decides a position in one of three ways, all of them exact.
-
-Coin first. Member i is tossed with probability `π_i` and runs. A uniform number `v` below the mass of its
-sub-distribution `S_i(q_i)` ends the position: the symbol is sampled from `S_i`. Otherwise the others run, and the
-symbol is sampled from `C − Σ π_i S_i`. Together, that is `Σ π_i S_i + (C − Σ π_i S_i) = C`.
-
-Envelope. Members run in an order. `L_j(u)` is the least that `C(u)` can be after the first j of them, whatever the
-others say. The position ends after the first j with `v < Σ_u L_j(u)`, and the symbol is sampled from the increment
-`L_j − L_{j−1}`. Increments add up to `C`.
-
-Neither. Every member runs, and the symbol is sampled from `C` with the noise of the position, as `conventional` does:
-the text is the same, symbol for symbol.
+A rule decides a position coin first, by its envelope (`core/combinations/base`), or not before every member has run.
+Then the symbol is sampled from `C` with the noise of the position, as `conventional` does: the text is the same, symbol
+for symbol.
 
 Any of the three is combined with drafts (`blocks`). What a position chooses depends on its noise and on the members'
 distributions, never on a draft; so a member may run ahead as the draft, the others verify several positions in one
@@ -30,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import numpy as np
 
@@ -48,7 +40,6 @@ from mixlm.decoding.cost_model import (
     layered_lookup_seconds,
     layered_seconds,
     smoothed_acceptance,
-    together_seconds,
 )
 from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft, build_draft
 from mixlm.decoding.rule_position import SampledPosition, checks_bounds
@@ -67,18 +58,6 @@ def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     draft = None if options.draft is None else build_draft(options.draft, context)
     assert context.target is not None
     return Layered(context.target, context, draft, options.block)
-
-
-@dataclass(slots=True)
-class _Mass:
-    """The mass with which a member decides positions alone, over those at which it came first."""
-
-    total: float = 0.0
-    count: int = 0
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count if self.count else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +85,6 @@ class Layered:
         self._target = target
         self._names = context.names
         self._sizes = np.maximum(np.array(context.sizes, dtype=np.float64), 1.0)
-        self._batch_keys = context.batch_keys
         self._costs = ForwardCostEstimator(context.forwards, context.sizes, context.batch_keys)
         self._total = context.speculation
         self._given = None if draft is None else LayeredPlan(draft, block)
@@ -115,10 +93,11 @@ class Layered:
         # Where members may decide alone, drafts are tried once it is known how often they do.
         self._decides_alone = target.has_bounds and not target.rule.speculates
         self._next_trial = TRIAL_INTERVAL if self._decides_alone else 0
-        self._masses = [_Mass() for _ in self._names]
+        # The mass with which each member decides positions alone: of how many at which it came first, and in all.
+        self._first_counts, self._first_masses = np.zeros(len(self._names)), np.zeros(len(self._names))
         self._epoch = -1
         self._ranking: list[int] = []
-        self._order_by_count: dict[int, bool] = {}
+        self._has_envelope = cache(partial(has_envelope, target.rule))
 
     def __call__(self, step: DecodeStep) -> Flow:
         """Choose the symbols of a block."""
@@ -152,21 +131,19 @@ class Layered:
         epoch, offset = divmod(position, _EPOCH)
         if epoch != self._epoch:
             self._epoch = epoch
-            cost = self._sizes / [max(mass.mean, 1e-6) for mass in self._masses]
+            means = self._first_masses / np.maximum(self._first_counts, 1)
+            cost = self._sizes / np.maximum(means, 1e-6)
             self._ranking = [int(i) for i in np.argsort(cost if epoch else self._sizes, kind="stable")]
         order = [member for member in self._ranking if member in members]
         tried = members[(offset if epoch == 0 else epoch) % len(members)]
-        if epoch == 0 or (offset == 0 and (self._masses[tried].mean > 0 or not self._masses[tried].count)):
+        if epoch == 0 or (offset == 0 and (self._first_masses[tried] > 0 or not self._first_counts[tried])):
             order.remove(tried)
             order.insert(0, tried)
         return order
 
     def _has_order(self, members: Sequence[int]) -> bool:
         """Whether the rule has an envelope for so many members; they may become fewer in the course of a text."""
-        count = len(members)
-        if count not in self._order_by_count:
-            self._order_by_count[count] = self._target.has_bounds and has_envelope(self._target.rule, count)
-        return self._order_by_count[count]
+        return self._target.has_bounds and self._has_envelope(len(members))
 
     def _learns_order(self, members: Sequence[int]) -> bool:
         return self._has_order(members) and not self._target.rule.speculates
@@ -176,13 +153,15 @@ class Layered:
         is_trial = self._steps >= self._next_trial
         if is_trial:
             self._next_trial = self._steps + TRIAL_INTERVAL
-        costs, masses = self._costs.estimate(), np.array([self._expected_mass(member) for member in members])
+        costs = self._costs.estimate()
+        # Smoothed towards what rules with bounds often have.
+        prior = _PRIOR_MASS if self._decides_alone else 0.0
+        masses = (self._first_masses[members] + 4 * prior) / (self._first_counts[members] + 4)
         first = self._target.rule.first_member(self._target.weights(step, members))
         if first is None:
             first = np.zeros(len(members))
             first[int(np.argmin(self._sizes[members] / np.maximum(masses, 1e-6)))] = 1.0
-        plain = layered_seconds(members, first, masses, costs, self._batch_keys)
-        at_once = together_seconds(members, costs, self._batch_keys)
+        plain, at_once = layered_seconds(members, first, masses, costs), costs.together(members)
         together = at_once <= plain
         if self._given is not None:
             return replace(self._given, together=together)
@@ -195,7 +174,7 @@ class Layered:
         if is_trial or lookup.name in self._stats:
             acceptance = self._acceptance(lookup.name, is_trial=is_trial)
             looked_up = [
-                (layered_lookup_seconds(members, first, masses, costs, self._batch_keys, drafting), drafting.block)
+                (layered_lookup_seconds(members, first, masses, costs, drafting), drafting.block)
                 for drafting in (DraftPlan(lookup.member, block, acceptance) for block in LOOKUP_BLOCKS)
             ]
             seconds, block = min(looked_up)
@@ -214,7 +193,7 @@ class Layered:
             name = self._names[member]
             for block in BLOCKS:
                 drafting = DraftPlan(member, block, self._acceptance(name, is_trial=is_trial))
-                seconds = layered_drafted_seconds(members, costs, self._batch_keys, drafting, share)
+                seconds = layered_drafted_seconds(members, costs, drafting, share)
                 plans.append((seconds, member, block))
         seconds, member, block = min(plans)
         return seconds, LayeredPlan(MemberDraft(member, self._names[member]), block)
@@ -223,8 +202,8 @@ class Layered:
         self._steps += len(positions)
         for position in positions:
             if position.first is not None and position.first_mass is not None:
-                self._masses[position.first].total += position.first_mass
-                self._masses[position.first].count += 1
+                self._first_masses[position.first] += position.first_mass
+                self._first_counts[position.first] += 1
         of_draft = self._stats.setdefault(plan.draft.name, SpeculationStats())
         for record in (of_draft, self._total):
             record.drafted += stats.drafted
@@ -242,11 +221,6 @@ class Layered:
                 stats = self._stats.setdefault(self._names[member], SpeculationStats())
                 stats.drafted += 1
                 stats.accepted += position.guess(member) == position.choice.symbol
-
-    def _expected_mass(self, member: int) -> float:
-        """Return the mass with which a member decides alone, smoothed towards what rules with bounds often have."""
-        mass, prior = self._masses[member], _PRIOR_MASS if self._decides_alone else 0.0
-        return (mass.total + 4 * prior) / (mass.count + 4)
 
     def _acceptance(self, name: str, *, is_trial: bool) -> float:
         """Return a draft's acceptance rate so far, smoothed towards that of a trial.

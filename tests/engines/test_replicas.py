@@ -153,6 +153,14 @@ def test_servers_that_refuse_to_sample_in_the_same_way_are_replicas(fakes, folde
     assert "the server refuses (400): no" in engine.details["samples itself"]
 
 
+def test_servers_that_do_not_say_their_context_are_replicas_where_it_is_given(fakes, folder):  # noqa: F811
+    for fake in fakes:
+        del fake.models[0]["max_model_len"]
+    engine = RemoteEngine(replace(urls(fakes), context=64), folder, QUICK)
+    assert engine.context_length == 64
+    assert all(replica.is_ready for replica in engine.replicas)
+
+
 def test_a_server_that_is_not_there_yet_is_taken_in_later(fakes, folder):  # noqa: F811
     for missing in (0, 1):
         fakes[missing].stop()

@@ -24,7 +24,7 @@ import numpy as np
 from mixlm.engines.base import EngineSpec, Session, TextInterface
 from mixlm.engines.registry import is_remote
 from mixlm.engines.remote.http_client import ClientLimits, EventLoopThread, HttpClient
-from mixlm.engines.remote.model_info import ModelInfo, read_model_info
+from mixlm.engines.remote.model_info import ModelInfo, read_model_info, tokenizer_folder_of
 from mixlm.engines.remote.probing import PROBE_TEXT, probe
 from mixlm.engines.remote.replica import Replica, ReplicaSet
 from mixlm.engines.remote.server import ModelServer, TokenizerProbe, TopTokens
@@ -40,8 +40,7 @@ from mixlm.engines.requests import (
 )
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TokenScores, TopKOnlyEngine, TopKOnlySession, TopTokensQuery
-from mixlm.errors import ConfigError, EngineError, RequestRefusedError
-from mixlm.models.gguf import find_gguf, tokenizer_folder
+from mixlm.errors import ConfigError, EngineError, RequestRefusedError, UnsupportedError
 from mixlm.models.resolve import resolve
 from mixlm.types import Candidates, Ids, LogitsRows, Sampling, TopKFilter
 
@@ -58,15 +57,9 @@ def load(spec: EngineSpec) -> RemoteEngine:
         _check_url(url)
     if spec.engine not in ("auto", "remote"):
         raise ConfigError(f"engine is {spec.engine!r}, and {spec.model} is a server", "leave engine out")
-    folder = None
-    if spec.tokenizer is not None:
-        gguf = find_gguf(spec.tokenizer)
-        path = Path(spec.tokenizer).expanduser()
-        if gguf is not None:
-            folder = tokenizer_folder(gguf)
-        else:
-            folder = path if (path / "tokenizer.json").is_file() else Path(resolve(spec.tokenizer).path_or_id)
-    return RemoteEngine(spec, folder)
+    if spec.tokenizer is None:
+        return RemoteEngine(spec, None)
+    return RemoteEngine(spec, tokenizer_folder_of(spec.tokenizer) or Path(resolve(spec.tokenizer).path_or_id))
 
 
 def _check_url(url: str) -> None:
@@ -123,7 +116,11 @@ class RemoteEngine(TopKOnlyEngine):
             )
         self._tokenizer = TokenizerSetup.load(str(folder), name)
         self._vocab_size = max(len(self._tokenizer.tokenizer), info.vocabulary_size)
-        context_length = spec.context or info.context_length()
+        context_length = spec.context or info.context_length
+        if not context_length:
+            raise UnsupportedError(
+                "the server does not say how many tokens its context holds", "give it: context = N, beside model"
+            )
         super().__init__(name, self.text_interface(replace(spec, name=name)), context_length)
         ids, first_ids = (self.encoder.encode(text).ids for text in (PROBE_TEXT.encode(), b"A"))
         tokenizer = TokenizerProbe(ids, first_ids, self.vocabulary.tokens, str(folder))

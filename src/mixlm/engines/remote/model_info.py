@@ -8,6 +8,7 @@ from typing import Any
 
 from mixlm.engines.remote.http_client import HttpClient
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
+from mixlm.models.gguf import find_gguf, tokenizer_folder
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,12 @@ class ModelInfo:
         """Slots of a llama.cpp server, 0 for others."""
         return int(self.properties.get("total_slots") or 0)
 
+    @property
     def context_length(self) -> int:
-        """Return how many tokens a prompt may have.
+        """How many tokens a prompt may have, 0 where the server does not say it.
 
         SGLang refuses prompts of `max_req_input_len` tokens and more: that is 6 less than the context, or than the
         capacity of its KV cache where that is less.
-
-        Raises:
-            UnsupportedError: the server does not say it.
         """
         model_length = int(self.card.get("max_model_len") or 0)
         if self.is_sglang and (limit := int(self.properties.get("max_req_input_len") or 0) or model_length - 6) > 1:
@@ -60,30 +59,28 @@ class ModelInfo:
         if model_length:
             return model_length - 1  # one token at least is generated, and has to fit in too
         slot_length = (self.properties.get("default_generation_settings") or {}).get("n_ctx")
-        length = slot_length or (self.card.get("meta") or {}).get("n_ctx")
-        if not length:
-            raise UnsupportedError(
-                "the server does not say how many tokens its context holds", "give it: context = N, beside model"
-            )
-        return int(length)
+        return int(slot_length or (self.card.get("meta") or {}).get("n_ctx") or 0)
 
     def tokenizer_folder(self) -> Path | None:
         """Return the folder of the tokenizer where the server says its model's path, and this machine has it."""
-        from mixlm.models.gguf import find_gguf, tokenizer_folder
-
         paths = (self.properties.get("tokenizer_path"), self.card.get("root"), self.properties.get("model_path"))
         for path in (*paths, self.card.get("id")):
-            if not isinstance(path, str) or not Path(path).exists():
-                continue
-            if (Path(path) / "tokenizer.json").is_file():
-                return Path(path)
-            if (model := find_gguf(path)) is not None:
-                return tokenizer_folder(model)
+            if isinstance(path, str) and Path(path).exists() and (folder := tokenizer_folder_of(path)) is not None:
+                return folder
         return None
 
     def has_card(self, card: dict[str, Any]) -> bool:
         """Whether the server still describes the model in the same words."""
         return all(card.get(key) == self.card.get(key) for key in ("root", "max_model_len", "meta"))
+
+
+def tokenizer_folder_of(model: str) -> Path | None:
+    """Return the folder of a model's tokenizer: of a folder that has one, or of a GGUF file. None for others."""
+    folder = Path(model).expanduser()
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    gguf = find_gguf(model)
+    return None if gguf is None else tokenizer_folder(gguf)
 
 
 async def read_model_info(client: HttpClient, name: str) -> ModelInfo:

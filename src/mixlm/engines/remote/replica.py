@@ -110,8 +110,8 @@ class ReplicaSet:
             reason = "has another model"
         elif server.limit is not None and (reference.limit is None or server.limit < reference.limit):
             reason = f"returns {server.limit} of the most likely tokens, others {reference.limit or 'all'}"
-        elif info.context_length() < self._context_length:
-            reason = f"has a context of {info.context_length()} tokens, others {self._context_length}"
+        elif 0 < info.context_length < self._context_length:
+            reason = f"has a context of {info.context_length} tokens, others {self._context_length}"
         elif reference.takes_ids and not server.takes_ids:
             reason = "does not return the most likely of given ids, others do"
         elif server.samples != reference.samples:

@@ -7,8 +7,7 @@ from chat_templates import CHATML, PARTS
 from tokenizers import AddedToken
 from trained import trained
 
-from mixlm.tokenization.chat_template import ChatTemplate
-from mixlm.tokenization.turn_tokens import looks_like_control, text_after_response, turn_tokens
+from mixlm.tokenization.chat_template import ChatTemplate, looks_like_control, text_after_response, turn_tokens
 
 _BARE = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content }}{{ '<|im_end|>\n' }}{% endfor %}"
 _REFUSE = "{% if CONDITION %}{{ raise_exception('no') }}{% endif %}" + _BARE
@@ -65,10 +64,10 @@ def test_the_tokens_around_turns_are_found_in_every_form_of_template(name):
     tokenizer = trained("gpt2")
     text_tokens = ["\n\n", "user", "<think>", "<table>"]
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in (*control, *text_tokens)])
-    render = ChatTemplate(template, {}, "the template").render
-    assert sorted(turn_tokens(render, tokenizer)) == sorted(control)
-    assert text_after_response(render).startswith(end)
-    assert end or text_after_response(render) == ""
+    compiled = ChatTemplate(template, {}, "the template")
+    assert sorted(turn_tokens(compiled, tokenizer)) == sorted(control)
+    assert text_after_response(compiled).startswith(end)
+    assert end or text_after_response(compiled) == ""
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,17 @@ from mixlm.engines.base import EngineSpec, TextInterface
 from mixlm.errors import MixlmError, ModelLoadError, TemplateError, TokenizerError, memory_errors
 from mixlm.models.cache import read_info
 from mixlm.models.tokenizer_tables import parse_tokenizer
-from mixlm.tokenization.chat_template import ChatTemplate
+from mixlm.tokenization.chat_template import (
+    PROBE,
+    ChatTemplate,
+    looks_like_control,
+    text_after_response,
+    turn_tokens,
+)
 from mixlm.tokenization.conversation import ConversationRenderer
 from mixlm.tokenization.incremental import TokenizerEncoder
 from mixlm.tokenization.prompt_encoder import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
 from mixlm.tokenization.tokenizer_folder import TOKENIZER_FILE, FolderTokenizer, read_json_object, read_tokenizer
-from mixlm.tokenization.turn_tokens import PROBE, looks_like_control, text_after_response, turn_tokens
 from mixlm.tokenization.vocabulary import (
     Vocabulary,
     describe,
@@ -71,8 +76,8 @@ class TokenizerSetup:
             special = [*control, *(i for i in ends if looks_like_control(backend.id_to_token(i) or ""))]
             for source_text in (tokenizer.chat_template, template):
                 if source_text is not None:
-                    render = _compiled(tokenizer, source_text, name).render
-                    special += [backend.token_to_id(token) for token in turn_tokens(render, backend)]
+                    own = _compiled(tokenizer, source_text, name)
+                    special += [backend.token_to_id(token) for token in turn_tokens(own, backend)]
             _make_special(backend, special)
             self._names = token_names(backend, tokenizer.vocabulary)
             self._tokens, self._special_ids = token_bytes(backend, self._family, name, self._names)
@@ -121,11 +126,9 @@ class TokenizerSetup:
             template = ChatTemplate(PLAIN_TEMPLATE, {"bos_token": begin}, f"the plain prompt of {spec.name}")
         else:
             template = _compiled(tokenizer, source, spec.name)
-        if spec.template is not None and not self.special_tokens.keys() >= set(
-            turn_tokens(template.render, tokenizer.backend)
-        ):
+        if spec.template is not None and not self.special_tokens.keys() >= {*turn_tokens(template, tokenizer.backend)}:
             return self._with_template(spec.template).text_interface(spec, vocab_size, end_ids, notes)
-        after_response = "" if source is None else text_after_response(template.render)
+        after_response = "" if source is None else text_after_response(template)
         end_of_turn = {i for spelling, i in self.special_tokens.items() if after_response.startswith(spelling)}
         own_ends = {*as_ids(tokenizer.named_id("eos_token")), *self.ends, *end_of_turn}
         renderer = ConversationRenderer(template, spec.name)

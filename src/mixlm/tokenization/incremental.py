@@ -7,6 +7,7 @@ later byte can change. `IncrementalEncoder` uses this to encode a growing text i
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -95,24 +96,14 @@ def utf8_runs(data: bytes) -> tuple[list[tuple[str | None, bytes]], bytes]:
         The runs, (text, bytes), with None for the text of stray bytes; and the first bytes of an incomplete character
         at the very end, empty when the last character is whole.
     """
-    runs: list[tuple[str | None, bytes]] = []
-    start = 0
-    while start < len(data):
-        try:
-            runs.append((data[start:].decode(), data[start:]))
-            return runs, b""
-        except UnicodeDecodeError as error:
-            bad, after = start + error.start, start + error.end
-            if bad > start:
-                runs.append((data[start:bad].decode(), data[start:bad]))
-            if error.reason == "unexpected end of data":
-                return runs, data[bad:]
-            if runs and runs[-1][0] is None:
-                runs[-1] = (None, runs[-1][1] + data[bad:after])
-            else:
-                runs.append((None, data[bad:after]))
-            start = after
-    return runs, b""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # stray bytes become surrogates
+    text, partial = decoder.decode(data), decoder.getstate()[0]
+    if partial[:1] == b"\xed" and partial[1:] > b"\x9f":  # no character begins like a surrogate
+        text, partial = text + decoder.decode(b"", final=True), b""
+    runs = re.findall("[\udc80-\udcff]+|[^\udc80-\udcff]+", text)
+    return [
+        (None if "\udc80" <= run[0] <= "\udcff" else run, run.encode(errors="surrogateescape")) for run in runs
+    ], partial
 
 
 class TokenizerEncoder:
@@ -230,42 +221,26 @@ class TokenizerEncoder:
         for number in np.flatnonzero(np.isin(ids, list(self._special_of_finder))).tolist():
             start, stop = encoding.token_to_chars(number)
             i = self._special_of_finder[int(ids[number])]
-            if self._is_special(i, text[start:stop]):
+            content, spelled = self._special[i].content, text[start:stop]
+            if self._special[i].normalized and content not in spelled:
+                content, spelled = (_normalized(self._chat_tokenizer, part) for part in (content, spelled))
+            if content in spelled:  # some are also what unknown characters become
                 yield start, stop, i
-
-    def _is_special(self, i: int, text: str) -> bool:
-        """Whether an id stands for a special token that a text spells: some are also what unknown characters become."""
-        token = self._special[i]
-        if token.content in text:
-            return True
-        normalizer = self._chat_tokenizer.normalizer
-        if not token.normalized or normalizer is None:
-            return False
-        return normalizer.normalize_str(token.content) in normalizer.normalize_str(text)
 
     def encode(self, data: bytes) -> Encoded:
         """Encode any bytes. An incomplete character at the end is encoded as the bytes that are there."""
         runs, partial = utf8_runs(data)
+        text = (runs.pop()[0] or "") if runs and runs[-1][0] else ""
         ids: list[int] = []
-        stable_ids = stable_bytes = 0
-        offset = 0
-        for number, (text, raw) in enumerate(runs):
-            last = number == len(runs) - 1
-            if text is None:
-                ids += self._encode_bytes(raw)
-                offset += len(raw)
-                stable_ids, stable_bytes = len(ids), offset
-                continue
-            text_ids, stable_tokens, stable_characters = self._encode_text(text)
-            if stable_tokens or not last:
-                stable_ids = len(ids) + (stable_tokens if last else len(text_ids))
-                stable_bytes = offset + len(text[:stable_characters].encode() if last else raw)
-            offset += len(raw)
-            if partial and last and self._byte_characters is not None:
-                ids += text_ids[:stable_tokens] + self._encode_partial(text[stable_characters:], partial)
-                return Encoded(ids, stable_ids, stable_bytes)
-            ids += text_ids
-        return Encoded(ids + self._encode_bytes(partial), stable_ids, stable_bytes)
+        for before, raw in runs:  # what comes behind stray bytes is encoded apart
+            ids += self._encode_bytes(raw) if before is None else self._encode_text(before)[0]
+        text_ids, stable_ids, stable_characters = self._encode_text(text) if text else ([], 0, 0)
+        stable_bytes = sum(len(raw) for _, raw in runs) + len(text[:stable_characters].encode())
+        if partial and text and self._byte_characters is not None:
+            text_ids = text_ids[:stable_ids] + self._encode_partial(text[stable_characters:], partial)
+        else:
+            text_ids = text_ids + self._encode_bytes(partial)
+        return Encoded(ids + text_ids, len(ids) + stable_ids, stable_bytes)
 
     def _encode_text(self, text: str) -> tuple[list[int], int, int]:
         """Return the ids of a text, and how many ids and characters of it no later text can change."""
@@ -300,14 +275,8 @@ class TokenizerEncoder:
         The pre-token of a character depends on its class, so a whole character with the same first bytes stands in to
         find the pre-token. The model itself then merges its bytes up to the incomplete character.
         """
-        for fill in (0x80, 0x90, 0xA0, 0xB0):
-            try:
-                whole = (partial + bytes([fill]) + b"\x80" * 3)[: _character_length(partial[0])].decode()
-                break
-            except UnicodeDecodeError:
-                continue
-        else:
-            return [*encode_text(self._tokenizer, text).ids, *self._encode_bytes(partial)]
+        fills = (partial + bytes([fill, 0x80, 0x80]) for fill in (0x80, 0x90, 0xA0))
+        whole = next(filter(None, (fill.decode(errors="ignore") for fill in fills)))
         encoding = encode_text(self._tokenizer, text + whole)
         words, offsets = encoding.word_ids, encoding.offsets
         first = next((i for i, word in enumerate(words) if word == words[-1]), 0)
@@ -342,11 +311,6 @@ def _lookalike_pattern(tokenizer: Any) -> re.Pattern[str] | None:
     if tokenizer.token_to_id("<0x0A>") is not None:
         patterns.append("<)(?=0x[0-9A-F]{2}>")
     return re.compile("|".join(f"(?<={pattern})" for pattern in patterns)) if patterns else None
-
-
-def _character_length(first: int) -> int:
-    """Return the length of a UTF-8 character from its first byte."""
-    return 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2
 
 
 def _without_special_tokens(tokenizer: Any) -> Any:

@@ -264,14 +264,9 @@ def write_config(config: EnsembleConfig, path: str | Path) -> None:
 
 
 def parse_config(raw: dict[str, Any], source: str | None) -> EnsembleConfig:
-    """Validate a parsed ensemble file, or keywords in that form.
+    """Validate a parsed ensemble file, or keywords in that form. Raises ConfigError where it is not valid.
 
-    Args:
-        raw: Its tables.
-        source: The file's name, for messages; None for keywords, which messages name without their tables.
-
-    Raises:
-        ConfigError: It is not valid.
+    source: the file's name, for messages; None for keywords, which messages name without their tables.
     """
     _check_tables(raw, source)
     try:
@@ -316,11 +311,7 @@ def _config_error(error: ValidationError, source: str | None) -> ConfigError:
 def _value_hint(kind: str, value: Any, message: str, table: str) -> str | None:
     """Return what to do about a value that is not allowed, None where the message says it all.
 
-    Args:
-        kind: Of the error, as pydantic names it.
-        value: What was found.
-        message: What is allowed.
-        table: Whose value it is, as the head of a table.
+    kind: of the error, as pydantic names it. message: what is allowed. table: the head of that whose value it is.
     """
     if isinstance(value, str) and re.search("number|integer|boolean", message) and _BARE.fullmatch(value):
         return "write it without quotes"

@@ -127,15 +127,7 @@ def _shown(value: Any) -> str:
 def option(
     default: Any = MISSING, help: str = "", *, default_factory: Any = MISSING, off: float | None = None, **spec: Any
 ) -> Any:
-    """Return a dataclass field with an `OptionSpec`.
-
-    Args:
-        default: The default.
-        help: What it does.
-        default_factory: In place of a default.
-        off: The value with which it does nothing.
-        spec: Further keywords of `OptionSpec`.
-    """
+    """Return a dataclass field with an `OptionSpec` of these keywords. off: the value with which it does nothing."""
     if off is not None:
         spec["note"] = f"{off:g} is off"
         help = f"{help}; {spec['note']}."
@@ -171,16 +163,7 @@ def check_options(record: Any, *, skip: Collection[str] = ()) -> None:
 
 
 def check_function(function: Any, arguments: Sequence[str], subject: str) -> None:
-    """Check that what a user gave is a function of these positional arguments.
-
-    Args:
-        function: What was given.
-        arguments: The names of the arguments, for the message.
-        subject: What messages call it.
-
-    Raises:
-        ConfigError: It cannot be called, or not with so many arguments.
-    """
+    """Raise ConfigError where what a user gave, the `subject`, is no function of these positional arguments."""
     hint = f"write it as: def f({', '.join(arguments)})"
     if not callable(function):
         raise ConfigError(f"{subject} is {function!r}; it must be a function", hint)

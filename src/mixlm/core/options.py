@@ -356,10 +356,7 @@ class GenerationOptions:
         return replace(self, sequence=self.sequence + offset)
 
     def member_sampling(self, member: Mapping[str, Any]) -> Sampling:
-        """Return the sampling of one member: the call's options over the member's over the defaults.
-
-        Args:
-            member: The member's own options of `Sampling`.
+        """Return the sampling of one member: the call's options over the member's own over the defaults.
 
         Raises:
             UnsupportedError: The temperature is 0, and the method samples.
@@ -391,9 +388,6 @@ class GenerationOptions:
 
     def combined_sampling(self, member: Mapping[str, Any]) -> Sampling | None:
         """Return the sampling that applies to the combination itself; None if the members have it.
-
-        Args:
-            member: The member's own options of `Sampling`.
 
         Raises:
             UnsupportedError: The temperature is 0, and the method samples.

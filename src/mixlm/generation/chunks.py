@@ -41,13 +41,8 @@ class ChunkSizes:
     def record(self, seconds: float, prompt_tokens: int, chunk: int, *, alone: bool) -> None:
         """Learn from a call: a larger chunk where one added little, a smaller one where it added much.
 
-        Short prompts, or one that runs as a whole, show nothing.
-
-        Args:
-            seconds: Time of the call.
-            prompt_tokens: How many tokens of prompts it ran.
-            chunk: How many of them are a chunk of a long one, 0 for none.
-            alone: Whether nothing else was generated.
+        Short prompts, or one that runs as a whole, show nothing. chunk: how many tokens of prompts are a chunk of
+        a long one, 0 for none. alone: whether nothing else was generated.
         """
         if not prompt_tokens:
             usual = self.decode_seconds or seconds

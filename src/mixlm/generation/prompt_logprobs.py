@@ -153,17 +153,10 @@ def rule_prompt_tokens(
     unit: Unit,
     prompt: EncodedPrompt,
 ) -> RequestFlow[tuple[Token, ...]]:
-    """Score a raw prompt under a rule, and return its tokens; as `prompt_tokens`.
+    """Score a raw prompt under a rule, in a unit whose members share a vocabulary; as `prompt_tokens`.
 
-    Args:
-        rule: The rule.
-        taking_part: The members that do, in the order of the rule's rows, and their weights, float64 (rows,).
-        members: All members.
-        unit: The unit, whose members share a vocabulary.
-        prompt: The prompt.
-
-    Raises:
-        UnsupportedError: The members do not have the same tokens of it.
+    taking_part: the members that do, in the order of the rule's rows, and their weights, float64 (rows,). Raises
+    UnsupportedError where they do not have the same tokens of the prompt.
     """
     rows, weights = taking_part
     scored = [ScoredPrompt.of(members[i], prompt.ids[i], prompt.text) for i in rows]
@@ -235,13 +228,9 @@ def _read(
 
 
 def _keep(part: ScoredPrompt, wanted: set[int], symbols: Ids | None, observes: Observes | None) -> TakeRow:
-    """Return what keeps of a member's rows what is wanted in front of some tokens of the text.
+    """Return what keeps in a prompt what is wanted of rows in front of some tokens of the text, by index.
 
-    Args:
-        part: The member's prompt.
-        wanted: The tokens, by index.
-        symbols: The symbol of each of its ids, int64 (vocab,), where its distribution is wanted.
-        observes: What a router observes of it.
+    symbols: of each id, int64 (vocab,), where the member's distribution is wanted. observes: what a router observes.
     """
 
     def take(position: int, row: Logits, state: HiddenStates | None) -> None:
@@ -297,10 +286,7 @@ class GivenText:
     begins: Sequence[int]
 
     def targets(self, readers: Sequence[tuple[str, Vocabulary]]) -> Ids:
-        """Return the symbol of each of the text's tokens, int64 (n,).
-
-        Args:
-            readers: The members' names and vocabularies.
+        """Return the symbol of each of the text's tokens, int64 (n,). readers: the members' names and vocabularies.
 
         Raises:
             UnsupportedError: The members do not have the same tokens.
@@ -351,12 +337,9 @@ def _not_shared(reason: str) -> UnsupportedError:
 
 
 def symbol_probabilities(logits: Logits, symbols: Ids, size: int) -> Floats:
-    """Return a member's distribution over the unit's symbols, float64 (size,).
+    """Return a member's distribution over the unit's symbols, float64 (size,), from its logits, (vocab,).
 
-    Args:
-        logits: (vocab,).
-        symbols: The symbol of each id, int64 (vocab,); -1 for those that are never sampled.
-        size: How many symbols there are.
+    symbols: of each id, int64 (vocab,); -1 for those that are never sampled.
     """
     tokens = np.flatnonzero(symbols >= 0)
     return np.bincount(symbols[tokens], weights=softmax(logits[tokens]), minlength=size).astype(np.float64, copy=False)

@@ -203,9 +203,15 @@ class SequenceState:
         stuck = [i for i, view in enumerate(self.views) if weights[i] > 0 and view.stuck]
         if not stuck or self._unit.traits.counts_bytes:
             return weights
-        remaining = weights.copy()
-        remaining[stuck] = 0.0
-        if remaining.sum() == 0:
+        remaining = without(weights, stuck)
+        if remaining is None:
             raise UnsupportedError("no member has a token that continues the text as json_schema or tools allow")
-        remaining /= remaining.sum()
         return remaining
+
+
+def without(weights: Floats, members: Sequence[int]) -> Floats | None:
+    """Return weights, (members,), without those of some members, renormalised; None where none is left."""
+    remaining = weights.copy()
+    remaining[list(members)] = 0.0
+    total = remaining.sum()
+    return remaining / total if total > 0 else None

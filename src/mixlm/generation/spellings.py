@@ -31,7 +31,7 @@ from mixlm.core.combinations.base import Aligned, Combination
 from mixlm.core.mixing import mix, pool
 from mixlm.core.sampling import largest_indices
 from mixlm.errors import TokenizerError
-from mixlm.generation.member import Member, MemberView
+from mixlm.generation.member import Member
 from mixlm.generation.sequence import DecodeStep
 from mixlm.generation.target import RuleTarget, support
 from mixlm.tokenization.vocabulary import SPACE, Vocabulary
@@ -39,35 +39,48 @@ from mixlm.types import Candidates, Floats, Ids, LogitsRow, Sampling
 
 
 class StringTarget(RuleTarget):
-    """The distribution of a rule over token strings."""
+    """The distribution of a rule over the union of the members' token strings."""
 
     combines_symbols = False
-
-    def __init__(self, rule: Combination) -> None:
-        super().__init__(rule)
-        self._member: Member | None = None
-        self._union: StringUnion | None = None
+    _members: Sequence[Member] = ()
 
     def distribution(
         self, step: DecodeStep, member: int, *, normalize: bool = True
     ) -> Callable[[LogitsRow], Candidates]:
         """Return a member's function from logits to its distribution over strings."""
-        return _over_strings(step.views[member], self._strings(step).strings_of[member])
+        self._number_strings([view.member for view in step.views])
+        tokens, strings = step.views[member].bind_distribution(of_tokens=True), self._strings_of[member]
+
+        def distribution(logits: LogitsRow) -> Candidates:
+            ids, logprobs = tokens(logits)
+            return pool(strings[ids], logprobs) if ids.size else Candidates(ids, logprobs)
+
+        return distribution
 
     def symbol(self, step: DecodeStep, combined: int) -> int:
         """Return the symbol that a string stands for."""
-        return int(self._strings(step).symbols[combined])
+        return int(self._symbols[combined])
 
     def in_symbols(self, step: DecodeStep, distribution: Candidates) -> Candidates:
         """Return a distribution over strings as one over the symbols that they stand for."""
-        return pool(self._strings(step).symbols[distribution.ids], distribution.logprobs)
+        return pool(self._symbols[distribution.ids], distribution.logprobs)
 
-    def _strings(self, step: DecodeStep) -> StringUnion:
-        # Members are others where a generation goes on with other options of theirs.
-        if self._union is None or self._member is not step.views[0].member:
-            self._member = step.views[0].member
-            self._union = StringUnion([view.member for view in step.views])
-        return self._union
+    def _number_strings(self, members: Sequence[Member]) -> None:
+        """Number the strings of each member's ids, and find the symbol that each stands for."""
+        if members == self._members:  # others where a generation goes on with other options of theirs
+            return
+        self._members, self._strings_of = members, []
+        numbers: dict[str, int] = {}
+        symbols: list[int] = []
+        for member in members:
+            strings = np.full(len(member.symbols), -1, dtype=np.int64)
+            spellings = token_strings(member.engine.vocabulary)
+            for i in np.flatnonzero(member.symbols >= 0).tolist():
+                number = strings[i] = numbers.setdefault(spellings[i], len(numbers))
+                if number == len(symbols):
+                    symbols.append(int(member.symbols[i]))
+            self._strings_of.append(strings)
+        self._symbols = np.array(symbols, dtype=np.int64)
 
 
 class SpelledTarget(RuleTarget):
@@ -82,20 +95,21 @@ class SpelledTarget(RuleTarget):
     """
 
     has_bounds = False
+    _members: Sequence[Member] = ()
 
     def __init__(self, rule: Combination, sampling: Sampling) -> None:
         super().__init__(rule)
         self._sampling = sampling
-        self._member: Member | None = None
-        self._spellings: TokenSpellings | None = None
 
     def distribution(
         self, step: DecodeStep, member: int, *, normalize: bool = True
     ) -> Callable[[LogitsRow], Candidates]:
         """Return a member's function from logits to its distribution."""
-        if self._member is not step.views[0].member:
-            self._member = step.views[0].member
-            self._spellings = TokenSpellings([view.member for view in step.views])
+        members = [view.member for view in step.views]
+        if members != self._members:
+            self._members = members
+            self._vocabularies = [frozenset(member.symbols[member.symbols >= 0].tolist()) for member in members]
+            self._first_symbols: list[dict[int, int]] = [{} for _ in members]
         return super().distribution(step, member)
 
     def combine(
@@ -106,39 +120,35 @@ class SpelledTarget(RuleTarget):
         aligned: Callable[[], Aligned] | None = None,
     ) -> Candidates:
         """Return the average of the parts, each normalised over the union."""
-        assert self._spellings is not None
         k = self._sampling.top_k
         union = np.unique(np.concatenate([part.ids[largest_indices(part.logprobs, k)] for part in parts]))
-        symbols_for = self._spellings.symbols_for
         average = mix(
             [
-                (float(weight), _over_union(union, part, symbols_for(member, union)))
+                (float(weight), _over_union(union, part, self._symbols_for(member, union)))
                 for member, weight, part in zip(members, weights, parts, strict=True)
             ]
         )
         return support(average.ids, transformed(np.exp(average.logprobs), replace(self._sampling, top_k=0)))
 
+    def _symbols_for(self, member: int, symbols: Ids) -> Ids:
+        """Return the symbols themselves where the member has them, else the first of its spelling, or -1 for none."""
+        vocabulary, first_symbols = self._vocabularies[member], self._first_symbols[member]
+        for symbol in symbols.tolist():
+            if symbol not in vocabulary and symbol not in first_symbols:
+                first_symbols[symbol] = self._first_symbol(self._members[member], self._bytes(symbol))
+        return np.array([u if u in vocabulary else first_symbols[u] for u in symbols.tolist()], dtype=np.int64)
 
-class StringUnion:
-    """The union of the members' token strings.
+    def _bytes(self, symbol: int) -> bytes:
+        """Return the bytes of a symbol that some member has; none for end-of-text."""
+        owner = self._members[next(i for i, vocabulary in enumerate(self._vocabularies) if symbol in vocabulary)]
+        return owner.engine.vocabulary.tokens[int(np.flatnonzero(owner.symbols == symbol)[0])]
 
-    strings_of: by member, the number of each id's string, int64 (vocab,). symbols: the shared symbol that each string
-    stands for, int64 (strings,).
-    """
-
-    def __init__(self, members: Sequence[Member]) -> None:
-        numbers: dict[str, int] = {}
-        symbols: list[int] = []
-        self.strings_of: list[Ids] = []
-        for member in members:
-            strings = np.full(len(member.symbols), -1, dtype=np.int64)
-            spellings = token_strings(member.engine.vocabulary)
-            for i in np.flatnonzero(member.symbols >= 0).tolist():
-                number = strings[i] = numbers.setdefault(spellings[i], len(numbers))
-                if number == len(symbols):
-                    symbols.append(int(member.symbols[i]))
-            self.strings_of.append(strings)
-        self.symbols = np.array(symbols, dtype=np.int64)
+    def _first_symbol(self, member: Member, data: bytes) -> int:
+        try:
+            ids = member.engine.encoder.encode(data).ids
+        except TokenizerError:  # the vocabulary cannot spell it at all
+            return -1
+        return int(member.symbols[ids[0]]) if ids else -1
 
 
 def token_strings(vocabulary: Vocabulary) -> list[str]:
@@ -150,52 +160,6 @@ def token_strings(vocabulary: Vocabulary) -> list[str]:
     if sum(name.startswith("Ġ") for name in names) > sum(name.startswith(SPACE) for name in names):
         return [name.replace("Ġ", " ").replace("Ċ", "\n") for name in names]
     return [name.replace(SPACE, " ") if name.startswith(SPACE) else name for name in names]
-
-
-class TokenSpellings:
-    """How members spell symbols that their vocabularies lack."""
-
-    def __init__(self, members: Sequence[Member]) -> None:
-        self._members = members
-        self._vocabularies = [frozenset(member.symbols[member.symbols >= 0].tolist()) for member in members]
-        self._first_symbols: list[dict[int, int]] = [{} for _ in members]
-
-    def symbols_for(self, member: int, symbols: Ids) -> Ids:
-        """Return the symbols themselves where the member has them, else the first of its spelling, or -1 for none."""
-        vocabulary, first_symbols = self._vocabularies[member], self._first_symbols[member]
-        out = []
-        for symbol in symbols.tolist():
-            if symbol not in vocabulary and symbol not in first_symbols:
-                first_symbols[symbol] = self._first_symbol(member, self._bytes(symbol))
-            out.append(symbol if symbol in vocabulary else first_symbols[symbol])
-        return np.array(out, dtype=np.int64)
-
-    def _bytes(self, symbol: int) -> bytes:
-        """Return the bytes of a symbol that some member has; none for end-of-text."""
-        owner = next(
-            member for member, vocabulary in zip(self._members, self._vocabularies, strict=True) if symbol in vocabulary
-        )
-        return owner.engine.vocabulary.tokens[int(np.flatnonzero(owner.symbols == symbol)[0])]
-
-    def _first_symbol(self, index: int, data: bytes) -> int:
-        member = self._members[index]
-        try:
-            ids = member.engine.encoder.encode(data).ids
-        except TokenizerError:  # the vocabulary cannot spell it at all
-            return -1
-        return int(member.symbols[ids[0]]) if ids else -1
-
-
-def _over_strings(view: MemberView, strings: Ids) -> Callable[[LogitsRow], Candidates]:
-    tokens = view.bind_distribution(of_tokens=True)
-
-    def distribution(logits: LogitsRow) -> Candidates:
-        ids, logprobs = tokens(logits)
-        if not ids.size:
-            return Candidates(ids, logprobs)
-        return pool(strings[ids], logprobs)
-
-    return distribution
 
 
 def _over_union(union: Ids, distribution: Candidates, symbols: Ids) -> Candidates:

@@ -96,14 +96,8 @@ class RuleTarget:
     ) -> Candidates:
         """Return the rule's distribution, by its support.
 
-        Args:
-            members: Those that take part.
-            parts: The distribution of each.
-            weights: float64 (members,).
-            aligned: Returns the parts over the union of their supports, where it may be known.
-
-        Raises:
-            UnsupportedError: The rule is not defined for these.
+        parts: the distributions of these members. weights: theirs, float64 (members,). aligned: returns the parts over
+        the union of their supports, where it may be known. Raises UnsupportedError where the rule is not defined.
         """
         from mixlm.core.combinations.average import Average
 
@@ -134,13 +128,8 @@ def build_target(
 ) -> RuleTarget | None:
     """Return the target of the options' rule; None where they need none.
 
-    Args:
-        options: The options of a generation.
-        weights: float64 (members,).
-        names: The members' names.
-        sampling: Each member's own sampling options.
-        roles: The role that each member was given, None for those without.
-        traits: Of the unit; None while it is not known.
+    weights: float64 (members,). sampling: each member's own options. roles: each one's, None for those without.
+    traits: of the unit; None while it is not known.
 
     Raises:
         ConfigError: The members do not fit the rule's number or roles.
@@ -209,12 +198,7 @@ def mode_sampling(rule: Combination, common: Sampling) -> Sampling:
 def scored_rule(options: GenerationOptions, sampling: Sequence[Mapping[str, Any]]) -> Combination:
     """Return the rule that texts are scored under: without sampling options, but for the k of a union, its own.
 
-    Args:
-        options: The options of a generation.
-        sampling: Each member's own sampling options.
-
-    Raises:
-        UnsupportedError: It is a union, and members have options of their own.
+    sampling: each member's own options. Raises UnsupportedError for a union where these differ.
     """
     rule = build_rule(options.rule or "average", options.rule_parameters)
     if rule.alignment != "spellings":

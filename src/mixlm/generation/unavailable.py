@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from mixlm.engines.base import Engine
 from mixlm.errors import EngineError
 from mixlm.generation.member import Member
+from mixlm.generation.sequence import without
 from mixlm.types import Floats
 
 _log = logging.getLogger("mixlm")
@@ -48,9 +49,6 @@ def _check(engine: Engine, check: Future[bool]) -> None:
 class UnavailableMembers:
     """The members of one sequence that do not answer; a container of their indices.
 
-    Args:
-        members: All members.
-
     positions: by member, the symbols that were written without it.
     """
 
@@ -66,8 +64,7 @@ class UnavailableMembers:
 
     def exclude(self, member: int, error: EngineError) -> None:
         """Exclude a member until it responds again. It is retried after ever longer times."""
-        self._waits[member] = min(2 * self._waits.get(member, _FIRST_WAIT / 2), _MAX_WAIT)
-        self._retry_times[member] = time.monotonic() + self._waits[member]
+        self._wait(member)
         _log.warning("%s is excluded from a generation: %s", self._members[member].name, error.message)
 
     def retry(self) -> None:
@@ -86,8 +83,11 @@ class UnavailableMembers:
                 del self._retry_times[member]
                 _log.warning("%s responds again", self._members[member].name)
             else:
-                self._waits[member] = min(2 * self._waits[member], _MAX_WAIT)
-                self._retry_times[member] = time.monotonic() + self._waits[member]
+                self._wait(member)
+
+    def _wait(self, member: int) -> None:
+        self._waits[member] = min(2 * self._waits.get(member, _FIRST_WAIT / 2), _MAX_WAIT)
+        self._retry_times[member] = time.monotonic() + self._waits[member]
 
     def count(self, symbols: int) -> None:
         """Record that so many symbols were written."""
@@ -102,10 +102,7 @@ class UnavailableMembers:
         """
         if not self._retry_times:
             return weights
-        remaining = weights.copy()
-        remaining[list(self._retry_times)] = 0.0
-        total = remaining.sum()
-        if total <= 0:
+        remaining = without(weights, [*self._retry_times])
+        if remaining is None:
             raise EngineError("every member that has weight here has stopped answering", "check their servers")
-        remaining /= total
         return remaining

@@ -22,8 +22,8 @@ from mixlm.engines.contract import *  # noqa: F403
 from mixlm.engines.contract import assert_close, random_ids, uncached
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.transformers import cuda_graphs as steps
+from mixlm.engines.transformers.cuda_graphs import FusedNorms
 from mixlm.engines.transformers.engine import HFEngine
-from mixlm.engines.transformers.fused_norms import FusedNorms
 from mixlm.engines.transformers.kv_cache import KVCache
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError

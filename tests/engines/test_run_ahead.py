@@ -25,7 +25,7 @@ from mixlm.engines.requests import LogitsRequest, RunAheadHint, SampleRequest
 from mixlm.engines.transformers import cuda_graphs as steps
 from mixlm.engines.transformers import run_ahead as ahead
 from mixlm.engines.transformers import runner
-from mixlm.engines.transformers.device_topk import DeviceTopK, from_device
+from mixlm.engines.transformers.device_topk import DeviceTopK, from_device, is_worthwhile
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.run_ahead import DEPTH, DeviceSampler
 from mixlm.ensemble import Ensemble
@@ -50,7 +50,7 @@ def sampled_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
     """What the device and the host draw from a random row; None for a row that comes whole."""
     logits, transform = random_case(seed)
     cut, noise = transform.top_k_filter, Noise(seed, 3, 5)
-    if cut is None or not ahead.is_worthwhile(cut, len(logits)):
+    if cut is None or not is_worthwhile(cut, len(logits)):
         return None
     symbols = np.random.default_rng(seed).permutation(len(logits)) + 7
     draws = DeviceSampler(DeviceTopK())

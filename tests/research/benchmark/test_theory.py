@@ -26,9 +26,8 @@ from mixlm.engines import EngineSpec
 from mixlm.engines.base import Session
 from mixlm.engines.requests import Forward, Request, Response
 from mixlm.engines.toy import ToyEngine
+from mixlm.engines.transformers import cuda_graphs, self_test
 from mixlm.engines.transformers import dummy_weights as shape
-from mixlm.engines.transformers import fused_norms as norms
-from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.dummy_weights import SHAPES
 from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import Generation
@@ -232,7 +231,7 @@ def test_launches_grow_with_the_layers_and_not_with_their_size() -> None:
 @pytest.mark.slow
 def test_a_step_of_fixed_shape_starts_26_kernels_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     # A norm is a kernel of its own on a GPU, and several operations here.
-    monkeypatch.setattr(norms, "_fused", lambda _: torch.clone)
+    monkeypatch.setattr(cuda_graphs, "_fused", lambda _: torch.clone)
     monkeypatch.setattr(self_test, "TOLERANCE", 2.0)  # whatever comes out
     counts = []
     for layers in (2, 3, 5):

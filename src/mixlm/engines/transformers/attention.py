@@ -49,14 +49,9 @@ class AttentionForm(NamedTuple):
     ) -> torch.Tensor:
         """Attend with the query heads that share a KV head stacked as further queries: nothing has to be repeated.
 
-        Args:
-            query: (sequences, KV heads, query heads of each · queries, head dimension).
-            keys: (sequences, KV heads, keys, head dimension).
-            values: (sequences, KV heads, keys, head dimension).
-            mask: which keys each row attends to, or what is added to its scores; None for all keys.
-
-        Returns:
-            (sequences, KV heads, query heads of each · queries, head dimension).
+        query: (sequences, KV heads, query heads of each · queries, head dimension), as what is returned. keys, values:
+        (sequences, KV heads, keys, head dimension). mask: which keys each row attends to, or what is added to its
+        scores; None for all keys.
         """
         if self.softcap is None and self.sinks is None:
             return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)

@@ -21,6 +21,7 @@ from mixlm.engines.transformers.model_loading import (
     parse_device,
     parse_dtype,
     quantization,
+    share_weights,
     vocabulary_size,
 )
 from mixlm.engines.transformers.runner import HFSession, ModelRunner
@@ -92,8 +93,6 @@ class HFEngine(Engine):
             ModelLoadError: the model cannot run.
             TokenizerError: the tokenizer's tokens cannot be mapped to bytes.
         """
-        from mixlm.engines.transformers.shared_weights import share_weights
-
         shared = share_weights(model, spec.name)
         configs = (shared.config, shared.config.get_text_config(), getattr(shared, "generation_config", None))
         ends = [i for config in configs for i in as_ids(getattr(config, "eos_token_id", None))]

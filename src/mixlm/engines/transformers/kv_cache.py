@@ -148,10 +148,8 @@ class KVBuffer:
 class KVBufferPool:
     """Buffers for the sequences of one model.
 
-    Args:
-        max_idle: how many of each size are kept for other sequences, where each is for itself.
-        slots: how many lie side by side; 1 unless this is Linux. Where it is more than one, buffers are large from the
-            start, since they take memory as they are written.
+    max_idle: how many of each size are kept for other sequences, where each is for itself. slots: how many lie side by
+    side; 1 unless this is Linux. Where it is more, buffers are large from the start: they take memory as it is written.
     """
 
     def __init__(self, max_idle: int = 0, slots: int = 1) -> None:

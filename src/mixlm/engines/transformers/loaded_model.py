@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,11 +40,6 @@ class LoadedModel:
         self.lock = threading.RLock()
         self._attention = getattr(getattr(model, "config", None), "_attn_implementation", None)  # its own
 
-    @cached_property
-    def hidden_states(self) -> HiddenStateHook:
-        """The hidden states of forward passes, noted from when this is first used."""
-        return HiddenStateHook(self.model)
-
     @contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
         """Apply an adapter that was added, or none, to the forward passes in this context."""
@@ -68,31 +62,19 @@ class LoadedModel:
             self.adapters = self.adapters or Adapters(self.model, self.name, self._attention)
             self.adapters.add(adapter)
 
-
-class HiddenStateHook:
-    """Notes hidden states in the forward passes of one `recording`: what goes into a model's output layer."""
-
-    def __init__(self, model: Any) -> None:
-        self._passes: list[torch.Tensor] | None = None
-        model.get_output_embeddings().register_forward_pre_hook(self._note)
-
-    def _note(self, layer: Any, arguments: tuple[Any, ...]) -> None:
-        if self._passes is not None:
-            self._passes.append(arguments[0].reshape(-1, arguments[0].shape[-1]))
-
     @contextmanager
-    def recording(self, inputs: Sequence[SequenceInput]) -> Iterator[None]:
-        """Hand the hidden states of what runs in here to the sessions that keep them. inputs: all that runs.
+    def noting_hidden_states(self, inputs: Sequence[SequenceInput]) -> Iterator[None]:
+        """Hand what goes into the output layer, in all that runs in here, to the sessions that keep hidden states.
 
-        Raises:
-            UnsupportedError: The model computes its logits another way.
+        Raises UnsupportedError for a model that computes its logits another way.
         """
         passes: list[torch.Tensor] = []
-        self._passes = passes
-        try:
+
+        def note(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            passes.append(arguments[0].reshape(-1, arguments[0].shape[-1]))
+
+        with self.model.get_output_embeddings().register_forward_pre_hook(note):
             yield
-        finally:
-            self._passes = None
         total = sum(item.last for item in inputs)
         if sum(len(rows) for rows in passes) < total:
             raise UnsupportedError(

@@ -1,10 +1,11 @@
-"""A model of transformers from its files: where its weights go, how they are stored, and whether all are there."""
+"""A model of transformers: from its files, of which all must be there, or on the tensors of one that is loaded."""
 
 from __future__ import annotations
 
+import copy
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from logging import getLogger
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -17,6 +18,7 @@ from transformers.utils import logging
 
 from mixlm.engines.base import EngineSpec
 from mixlm.engines.tokenizer_setup import error_summary, remote_code_error
+from mixlm.engines.transformers.self_test import Tolerance, sample_ids
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError, memory_errors
 
 _LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # of a configuration: tokens of a text
@@ -27,10 +29,7 @@ _SCALES = re.compile(r"\.(weight_scale\w*|scales|SCB)$")
 def load_model(source: str, spec: EngineSpec, options: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """Return a model in which every weight is from its files, and notes on weights that it has no place for.
 
-    Args:
-        source: folder or hub id.
-        spec: what it is loaded for.
-        options: keywords of `from_pretrained` that say where and how it is loaded.
+    source: folder or hub id. options: keywords of `from_pretrained` that say where and how it is loaded.
 
     Raises:
         ModelLoadError: it cannot be loaded, or its files do not fit its configuration.
@@ -126,6 +125,72 @@ def _listed(keys: Iterable[str]) -> str:
     names = sorted(keys)
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({shown})" if names else ""
+
+
+def share_weights(model: Any, name: str) -> Any:
+    """Return a model of its own on the tensors of a loaded one, which keeps its mode, its attention and its hooks.
+
+    Of a PEFT model it is the base model with the adapters that are active, merged or not. name: for messages.
+
+    Raises:
+        ConfigError: it is none.
+        UnsupportedError: its adapter is more than a part of the model's layers (prompt and prefix tuning, aLoRA).
+    """
+    model = getattr(model, "_orig_mod", model)  # of one that torch.compile was called for: what it compiles
+    is_adapted = hasattr(model, "get_base_model")
+    kind = type(model.active_peft_config).__name__ if is_adapted else ""
+    if is_adapted and getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise UnsupportedError(
+            f"the adapter of {name} puts tokens of its own in front of the text ({kind})",
+            "use LoRA or another adapter that changes layers",
+        )
+    base = model.get_base_model() if is_adapted else model
+    output = getattr(base, "get_output_embeddings", lambda: None)()
+    if output is None or getattr(base, "config", None) is None:
+        raise ConfigError(
+            f"{type(base).__name__} is no causal language model of transformers",
+            "hand over (model, tokenizer): what AutoModelForCausalLM and AutoTokenizer load",
+        )
+    try:
+        shared = copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)}).eval()
+        complete = not is_adapted or _is_all(shared)
+    except Exception as error:
+        raise ModelLoadError(
+            f"{name} cannot be shared: {type(error).__name__}: {error_summary(error)}",
+            "save it with save_pretrained, and name the folder",
+        ) from error
+    if not complete:
+        raise UnsupportedError(
+            f"the adapter of {name} does more than its layers do, such as to look for where it begins ({kind})",
+            "use LoRA or another adapter that changes layers alone",
+        )
+    return shared.get_base_model() if is_adapted else shared
+
+
+def _is_all(adapted: Any) -> bool:
+    """Whether the base model of a PEFT model, with the adapters in its layers, computes what the PEFT model does."""
+    base = adapted.get_base_model()
+    begins = [
+        i for config in adapted.peft_config.values() for i in getattr(config, "alora_invocation_tokens", None) or ()
+    ]
+    tokens = [*sample_ids(vocabulary_size(base)).tolist(), *begins, 0]
+    ids = torch.tensor([tokens], device=base.device)
+    with torch.inference_mode():
+        rows, expected = (
+            model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy() for model in (base, adapted)
+        )
+    tolerance = Tolerance.of(base.dtype)
+    return tolerance.distance(zip(rows, expected, strict=True)) < tolerance.largest
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    """Yield all tensors of a model: parameters, buffers, and those that layers keep otherwise, as quantised ones do."""
+    for module in model.modules():
+        values = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        # What libraries for quantisation keep beside a tensor: bitsandbytes' `quant_state` of a parameter.
+        inner = [part for value in values if hasattr(value, "__dict__") for part in vars(value).values()]
+        inner += [part for value in inner if hasattr(value, "__dict__") for part in vars(value).values()]
+        yield from (value for value in [*values, *inner] if isinstance(value, torch.Tensor))
 
 
 def context_length(model: Any) -> int:

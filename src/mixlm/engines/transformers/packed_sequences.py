@@ -65,14 +65,15 @@ class PackedSequences:
         ]
         if self._kernel is not None and len(parts) > 1:
             return [_InKernel(parts, self._kernel)]
-        groups: list[_Neighbours] = []
+        groups: list[list[_Part]] = []
         for part in sorted(parts, key=lambda part: (id(part.buffer.slab), part.buffer.slot)):
-            group = _Neighbours([part], part.cache.length + part.size, part.size)
-            if groups and (merged := groups[-1].with_others(group, call_keys)) is not None:
-                groups[-1] = merged
+            last = groups[-1] if groups else [part]
+            is_near = last[0].buffer.slab is part.buffer.slab and max(last[0].size, part.size) <= _MAX_TOKENS
+            if groups and is_near and _cost([*last, part]) <= _cost(last) + _cost([part]) + call_keys:
+                last.append(part)
             else:
-                groups.append(group)
-        return [_Alone(group.parts[0]) if len(group.parts) == 1 else _Together(group, device) for group in groups]
+                groups.append([part])
+        return [_Alone(group[0]) if len(group) == 1 else _Together(group, device) for group in groups]
 
 
 class _Part(NamedTuple):
@@ -84,30 +85,10 @@ class _Part(NamedTuple):
     size: int
 
 
-class _Neighbours(NamedTuple):
-    """Parts in rising slots of one slab. keys, queries: the most that one of them has."""
-
-    parts: list[_Part]
-    keys: int
-    queries: int
-
-    @property
-    def slots(self) -> range:
-        """From the first to the last of their slots."""
-        return range(self.parts[0].buffer.slot, self.parts[-1].buffer.slot + 1)
-
-    @property
-    def cost(self) -> float:
-        """What the work of attention takes in one call, in keys."""
-        return len(self.slots) * self.keys * (1 + _QUERY_COST * (self.queries - 1))
-
-    def with_others(self, other: _Neighbours, call_keys: float) -> _Neighbours | None:
-        """Return both as one group; None where two calls take less time, each with `call_keys` beside its work."""
-        if self.parts[0].buffer.slab is not other.parts[0].buffer.slab:
-            return None
-        merged = _Neighbours(self.parts + other.parts, max(self.keys, other.keys), max(self.queries, other.queries))
-        fewer = merged.cost <= self.cost + other.cost + call_keys
-        return merged if fewer and merged.queries <= _MAX_TOKENS else None
+def _cost(parts: Sequence[_Part]) -> float:
+    """What attention of parts in rising slots takes in one call, in keys: of each slot, as many as one has at most."""
+    keys, queries = max(part.cache.length + part.size for part in parts), max(part.size for part in parts)
+    return (parts[-1].buffer.slot - parts[0].buffer.slot + 1) * keys * (1 + _QUERY_COST * (queries - 1))
 
 
 class _Alone:
@@ -143,27 +124,28 @@ class _Alone:
 
 
 class _Together:
-    """Sequences that attend in one call. Each slot has as many queries as the sequence with the most tokens."""
+    """Sequences in rising slots that attend in one call. Each slot has as many queries as the one with the most."""
 
-    def __init__(self, group: _Neighbours, device: torch.device) -> None:
-        first, shape = group.parts[0], (len(group.slots), group.queries)
-        self._slab = first.buffer.slab
-        self._seen = slice(group.slots.start, group.slots.stop)
-        self._keys = group.keys
+    def __init__(self, parts: Sequence[_Part], device: torch.device) -> None:
+        self._slab, begin, end = parts[0].buffer.slab, parts[0].buffer.slot, parts[-1].buffer.slot + 1
+        self._seen = slice(begin, end)
+        self._keys = max(part.cache.length + part.size for part in parts)
+        queries = max(part.size for part in parts)
         # Of padding: the first token of the group, and a position from which it attends to something.
-        rows, positions = np.full(shape, first.start), np.full(shape, group.keys - 1)
+        rows = np.full((end - begin, queries), parts[0].start)
+        positions = np.full_like(rows, self._keys - 1)
         places = []
-        for cache, buffer, start, count in group.parts:
-            slot = buffer.slot - group.slots.start
+        for cache, buffer, start, count in parts:
+            slot = buffer.slot - begin
             rows[slot, :count] = np.arange(start, start + count)
-            positions[slot] = cache.length + np.minimum(np.arange(group.queries), count - 1)
-            places.append(slot * group.queries + np.arange(count))
+            positions[slot] = cache.length + np.minimum(np.arange(queries), count - 1)
+            places.append(slot * queries + np.arange(count))
         place = np.concatenate(places)
         self._place = torch.tensor(place, device=device)
         self._rows = torch.tensor(rows, device=device)
         self._tokens = self._rows.view(-1)[self._place]
         self._positions = torch.tensor(positions, device=device)
-        self._token_slots = torch.tensor(group.slots.start + place // group.queries, device=device)
+        self._token_slots = torch.tensor(begin + place // queries, device=device)
         self._token_positions = self._positions.view(-1)[self._place]
         self._masks: dict[int | None, tuple[int, torch.Tensor | None]] = {}
 

@@ -23,14 +23,13 @@ _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _QUANTIZED_BYTES = {"bitsandbytes-4bit": 0.5625, "bitsandbytes-8bit": 1.0, "torchao-int8": 1.0}
 
 
-def loading_options(spec: EngineSpec, dtype: Any, device: Any, empty: Callable[[], Any]) -> dict[str, Any]:
+def loading_options(
+    spec: EngineSpec, dtype: torch.dtype, device: torch.device, empty: Callable[[], Any]
+) -> dict[str, Any]:
     """Return the keywords of `from_pretrained` that say where and how a member is loaded.
 
-    Args:
-        spec: what is loaded.
-        dtype: torch's, of the weights that are not quantised.
-        device: torch's, where there is no device map.
-        empty: makes the model without weights, see `empty_model`, which a table of layers must fit.
+    dtype: of the weights that are not quantised. device: where there is no device map. empty: makes the model without
+    weights, see `empty_model`, which a table of layers must fit.
 
     Raises:
         ConfigError: A device is not there, or options exclude each other or do not fit the model.
@@ -101,12 +100,8 @@ def planned_memory(model: Any, source: str, spec: EngineSpec, dtype: Any, device
     """Return the bytes of weights that loading will take on each device, from the model's configuration alone.
 
     Files that are quantised already are counted by their size, where they are on this machine. The KV cache and
-    activations come on top.
-
-    Args:
-        model: without weights, see `empty_model`.
-        source: its folder or hub id.
-        spec, dtype, device: as for `loading_options`, which also says what is raised.
+    activations come on top. model: without weights, see `empty_model`. source: its folder or hub id. Raises what
+    `loading_options` raises.
     """
     options = loading_options(spec, dtype, device, lambda: model)
     sizes = _parameter_sizes(model, spec.quantization, dtype)

@@ -61,8 +61,7 @@ class PrefixCache:
     def load(self, key: Hashable, ids: Ids, cache: SequenceCache, least: int = 1) -> int:
         """Fill a new cache with the longest prefix of `ids` that is kept, if that has `least` tokens.
 
-        Returns:
-            Its length. Where it is 0, the cache is of no use: memory may have run out while it was filled.
+        Returns its length. Where it is 0, the cache is of no use: memory may have run out while it was filled.
         """
         with self._lock:
             path = self._path(key, ids, cache.has_state)

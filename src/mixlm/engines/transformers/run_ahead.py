@@ -20,7 +20,7 @@ import torch
 
 from mixlm.engines.requests import RunAheadHint
 from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
-from mixlm.engines.transformers.device_topk import DeviceTopK, from_device, is_worthwhile
+from mixlm.engines.transformers.device_topk import DeviceTopK, from_device
 from mixlm.engines.transformers.kv_cache import KVCache
 from mixlm.types import Candidates, Ids, Sampling, TopKFilter
 
@@ -124,16 +124,8 @@ class RunAhead:
     def __len__(self) -> int:
         return len(self._pending)
 
-    @staticmethod
-    def is_possible(graphs: CudaGraphRunner, cache: KVCache, top_k_filter: TopKFilter, vocab_size: int) -> bool:
-        """Whether a sequence can run ahead of its KV cache."""
-        return is_worthwhile(top_k_filter, vocab_size) and graphs.fits(cache, 1)
-
     def start(self, logits: torch.Tensor, hint: RunAheadHint) -> Candidates | None:
-        """Run ahead from the logits of the KV cache's last token, (1, vocab). Returns what the filter keeps of them.
-
-        None for a tie.
-        """
+        """Run ahead from the logits of the KV cache's last token, (1, vocab). Returns what is kept; None for a tie."""
         first = self._transfer(torch.zeros(1, dtype=torch.int64), logits)
         self._extend(hint, 0)
         return self._wait(first)

@@ -284,48 +284,36 @@ class ModelRunner:
         waiting = list(range(len(requests)))
         while waiting:
             current = self._without_common(requests, waiting)
-            for index, response in zip(current, self._respond([requests[i] for i in current]), strict=True):
-                responses[index] = response
             waiting = [index for index in waiting if index not in set(current)]
+            groups: dict[tuple[Hashable, Hashable], list[int]] = {}
+            for index in current:
+                length, last = len(requests[index][1].ids), requests[index][1].last
+                groups.setdefault((self.regime(length - last + 1), self.regime(length)), []).append(index)
+            for (first_regime, regime), group in groups.items():
+                batch = [requests[index] for index in group]
+                if first_regime == regime:
+                    outputs = respond_batched(batch, self.run, MAX_BATCH_TOKENS)
+                else:  # in a pass for each regime
+                    outputs = [respond(session, request) for session, request in batch]
+                for index, output in zip(group, outputs, strict=True):
+                    responses[index] = output
         return responses
 
     def _without_common(self, requests: Sequence[tuple[Session, ForwardRequest]], waiting: list[int]) -> list[int]:
         """Return the requests, by index, that run now: not those that find more in the prefix cache after these."""
         if self.prefixes is None or len(waiting) == 1:
             return waiting
-        current: list[int] = []
-        first: dict[int, bool] = {}  # by session: whether its requests run now
+        runs: dict[int, bool] = {}  # by session
         leading: list[Ids] = []
-        for index in waiting:
-            session, request = requests[index]
-            if id(session) not in first:
+        for session, request in (requests[index] for index in waiting):
+            if id(session) not in runs:
                 wanted = request.ids[: -request.last]
-                cached = session.cached_tokens(request.ids, request.last)
-                missing = len(wanted) - cached >= MIN_TOKENS
-                common = max((common_prefix(ids, wanted) for ids in leading), default=0) if missing else 0
-                first[id(session)] = common - cached < MIN_TOKENS
-                if missing and first[id(session)]:
+                least = session.cached_tokens(request.ids, request.last) + MIN_TOKENS
+                common = any(common_prefix(ids, wanted) >= least for ids in leading)
+                runs[id(session)] = not common
+                if len(wanted) >= least and not common:
                     leading.append(wanted)
-            if first[id(session)]:
-                current.append(index)
-        return current
-
-    def _respond(self, requests: Sequence[tuple[Session, ForwardRequest]]) -> list[Response]:
-        if self.frequencies is None:
-            return respond_batched(requests, self.run, MAX_BATCH_TOKENS)
-        responses: list[Response] = [None] * len(requests)
-        groups: dict[Hashable, list[int]] = {}
-        for index, (session, request) in enumerate(requests):
-            regime = self.regime(len(request.ids))
-            if regime == self.regime(len(request.ids) - request.last + 1):
-                groups.setdefault(regime, []).append(index)
-            else:
-                responses[index] = respond(session, request)
-        for group in groups.values():
-            outputs = respond_batched([requests[index] for index in group], self.run, MAX_BATCH_TOKENS)
-            for index, output in zip(group, outputs, strict=True):
-                responses[index] = output
-        return responses
+        return [index for index in waiting if runs[id(requests[index][0])]]
 
     def run(self, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
         """Run what sequences lack, long ones in chunks. Raises MemoryLimitError."""
@@ -353,7 +341,7 @@ class ModelRunner:
 
     def _run_batch(self, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
         if any(item.session.keeps_hidden for item in inputs):
-            with self.loaded.hidden_states.recording(inputs):
+            with self.loaded.noting_hidden_states(inputs):
                 logits = self._forward(inputs)
             return self._transfer(logits, inputs)
         if len(inputs) > 1:
@@ -361,16 +349,15 @@ class ModelRunner:
             return self._transfer(self._forward(inputs), inputs)
         self._cooldown = max(self._cooldown - 1, 0)
         [item] = inputs
-        row = self._from_run_ahead(item)
-        if row is None:
-            logits = self._forward(inputs)
-            row = self._start_run_ahead(item, logits)
-            if row is None:
-                if item.session.has_run_ahead:  # the row is needed whole, but later passes have overwritten the logits
-                    _session(item).cache.length -= 1
-                    logits = self._forward([item._replace(ids=item.ids[-1:])])
-                return self._transfer(logits, inputs)
-        return [[row]]
+        if (row := self._from_run_ahead(item)) is not None:
+            return [[row]]
+        logits = self._forward(inputs)
+        if (row := self._start_run_ahead(item, logits)) is not None:
+            return [[row]]
+        if item.session.has_run_ahead:  # the row is needed whole, but later passes have overwritten the logits
+            _session(item).cache.length -= 1
+            logits = self._forward([item._replace(ids=item.ids[-1:])])
+        return self._transfer(logits, inputs)
 
     def _forward(self, inputs: Sequence[SequenceInput]) -> torch.Tensor:
         """Run all inputs in one forward pass. Returns the requested logits, (rows, vocab)."""
@@ -453,15 +440,14 @@ class ModelRunner:
         """Run ahead of an input, if it has a hint. Returns its output, None where nothing ran or the row is tied."""
         if self.sampler is None or item.run_ahead is None or item.top_k_filter is None or self._cooldown:
             return None
+        from mixlm.engines.transformers.device_topk import is_worthwhile
         from mixlm.engines.transformers.run_ahead import RunAhead
 
-        session = _session(item)
-        assert self.graphs is not None
-        if not RunAhead.is_possible(self.graphs, session.cache, item.top_k_filter, logits.shape[1]):
+        session, graphs = _session(item), self.graphs
+        assert graphs is not None
+        if not is_worthwhile(item.top_k_filter, logits.shape[1]) or not graphs.fits(session.cache, 1):
             return None
-        session.run_ahead = RunAhead(
-            self.graphs, self.sampler, session.cache, item.top_k_filter, session.context_length
-        )
+        session.run_ahead = RunAhead(graphs, self.sampler, session.cache, item.top_k_filter, session.context_length)
         return session.run_ahead.start(logits, item.run_ahead)
 
     def _transfer(self, logits: torch.Tensor, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:

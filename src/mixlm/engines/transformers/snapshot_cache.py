@@ -23,12 +23,9 @@ _CROPPABLE = {"DynamicLayer", "DummyLayer"}  # types of layers that hold nothing
 
 
 class SnapshotCache:
-    """One sequence's cache. length: tokens in it. cache: transformers' object, None before the first forward pass.
+    """One sequence's cache. length: tokens in it. has_state: whether it may have recurrent layers.
 
-    has_state: whether it may have recurrent layers.
-
-    Args:
-        cache: an empty one; without it, the model makes its own in the first pass.
+    cache: transformers' object; None before the first forward pass, in which the model makes its own.
     """
 
     def __init__(self, cache: Any = None) -> None:
@@ -77,11 +74,15 @@ class SnapshotCache:
             self.cache = None if self.has_state else type(self.cache)()
             return
         if length in self._snapshots:
-            for part, values in zip([*self.cache.layers, self.cache], self._snapshots[length], strict=True):
-                _restore(part, values)
+            self._restore(self._snapshots[length])
         for layer in self.cache.layers:
             if _grows(layer) and layer.is_initialized:
                 layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+
+    def _restore(self, snapshot: list[dict[str, Any]]) -> None:
+        for part, values in zip([*self.cache.layers, self.cache], snapshot, strict=True):
+            for name, value in values.items():
+                setattr(part, name, _copy(value))
 
     def lengths(self) -> list[int]:
         """Return the lengths that texts may be kept at for other sequences: those of snapshots, if it has a state."""
@@ -97,9 +98,7 @@ class SnapshotCache:
         if end not in self._snapshots:
             return Segment(end - start, layers).copy()
         prototype = copy(self.cache)
-        prototype.layers = [copy(layer) for layer in self.cache.layers]
-        for layer in prototype.layers:
-            layer.__dict__.clear()  # what it holds is in the snapshot
+        prototype.layers = [object.__new__(type(layer)) for layer in self.cache.layers]  # the snapshot has the rest
         snapshot = self._snapshots[end]
         return Segment(end - start, layers, (prototype, snapshot), sum(map(_size, snapshot))).copy()
 
@@ -112,8 +111,7 @@ class SnapshotCache:
             self._snapshots = {length: snapshot}
             for layer in self.cache.layers:
                 layer.keys = layer.values = torch.empty(0)
-            for part, values in zip([*self.cache.layers, self.cache], snapshot, strict=True):
-                _restore(part, values)
+            self._restore(snapshot)
         for index in segments[0].layers:
             keys, values = (
                 torch.cat(parts, dim=1)[None] for parts in zip(*(s.layers[index] for s in segments), strict=True)
@@ -155,12 +153,6 @@ def _snapshot(layer: Any) -> dict[str, Any]:
 def _own_state(cache: Any) -> dict[str, Any]:
     """Return the tensors that a cache holds outside its layers."""
     return {name: value for name, value in vars(cache).items() if name != "layers" and _size(value)}
-
-
-def _restore(part: Any, values: dict[str, Any]) -> None:
-    """Set what a snapshot holds of a layer, or of a cache."""
-    for name, value in values.items():
-        setattr(part, name, _copy(value))
 
 
 def _copy(value: Any) -> Any:

@@ -10,6 +10,7 @@ and never sorts the whole vocabulary; decoding uses it. A test keeps them equal.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -272,14 +273,7 @@ class ReportTransform(Transform):
         self.top_k_filter = TopKFilter(count, np.zeros(0, dtype=np.int64), normalized=True)
         self._sampled = TopKFilter(count, banned)
 
-    def __call__(
-        self,
-        logits: LogitsRow,
-        history: TokenHistory | None = None,
-        allowed: npt.NDArray[np.bool_] | None = None,
-        *,
-        normalize: bool = True,
-    ) -> Candidates:
+    def __call__(self, logits: LogitsRow, *_: Any, **__: Any) -> Candidates:
         """Return the reported part of the distribution; its probabilities sum to less than 1."""
         assert isinstance(logits, Candidates)
         ids, logprobs = logits

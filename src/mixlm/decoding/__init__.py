@@ -26,15 +26,6 @@ from mixlm.units.base import UnitTraits
 if TYPE_CHECKING:
     from mixlm.generation.target import RuleTarget
 
-__all__ = [
-    "SpeculationStats",
-    "StrategyContext",
-    "build_strategy",
-    "check_observing",
-    "check_unit_method",
-    "strategy_name",
-]
-
 
 @dataclass(frozen=True)
 class StrategyContext:

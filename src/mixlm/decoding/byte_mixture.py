@@ -98,11 +98,8 @@ class _CoverSampler:
         """Sample a group of covers; one that ends with the text becomes all tokens after it."""
         cover: _Cover | None = None
         if self._length:
-            groups, index = yield from self._sample_group(noise.next_round().uniform())
-            if index is None:
-                cover = yield from self._respell(noise.next_round())
-            else:
-                cover = groups[index].cover
+            group = yield from self._sample_group(noise.next_round().uniform())
+            cover = group.cover if group is not None else (yield from self._respell(noise.next_round()))
         return (yield from self.cover_at_end()) if cover is None else cover
 
     def cover_at_end(self) -> RequestFlow[_Cover]:
@@ -160,16 +157,15 @@ class _CoverSampler:
             self._state.cache_output(self._member, offset, output)
         return output
 
-    def _sample_group(self, uniform: float) -> RequestFlow[tuple[list[_Group], int | None]]:
-        """Return groups of covers, and the index of the one that a number in (0, 1] picks; None where there is none."""
+    def _sample_group(self, uniform: float) -> RequestFlow[_Group | None]:
+        """Return the group of covers that a number in (0, 1] picks; None where there is none."""
         groups: list[_Group] = []
         start = self._state.forced_boundary(self._member)
         pending = defaultdict(float, {start: 1.0})  # probability of covers by the boundary that they have reached
         runs = 0
         while pending:
-            index = _picked_group(groups, uniform, sum(pending.values()))
-            if index is not None:
-                return groups, index
+            if (picked := _picked_group(groups, uniform, sum(pending.values()))) is not None:
+                return picked
             # From left to right each boundary runs once; by probability, one may get more of it later.
             in_order = runs > self._length - start
             offset = min(pending) if in_order else max(pending, key=lambda offset: (pending[offset], -offset))
@@ -191,7 +187,7 @@ class _CoverSampler:
                 total = sum(pending.values())
                 for offset in pending:
                     pending[offset] /= total
-        return groups, _picked_group(groups, uniform, 0.0)
+        return _picked_group(groups, uniform, 0.0)
 
     def _respell(self, noise: Noise) -> RequestFlow[_Cover | None]:
         """Spell the text from its last forced boundary, a token at a time; return the group that reaches beyond it."""
@@ -216,10 +212,10 @@ class _CoverSampler:
         return None
 
 
-def _picked_group(groups: list[_Group], uniform: float, pending: float) -> int | None:
+def _picked_group(groups: list[_Group], uniform: float, pending: float) -> _Group | None:
     """Return the group that a number in (0, 1] picks, whatever further groups of the weight `pending` there are."""
-    edges = np.cumsum([group.weight for group in groups])
     if not groups:
         return None
+    edges = np.cumsum([group.weight for group in groups])
     first, last = np.searchsorted(edges, [uniform * edges[-1], uniform * (edges[-1] + pending)])
-    return int(first) if first == last else None
+    return groups[first] if first == last else None

@@ -50,7 +50,7 @@ class LookupDraft(Draft):
     def propose(self, step: DecodeStep) -> int | None:
         """Look up the last tokens in the text."""
         view = step.views[step.noise.coin(step.weights)]
-        token = lookup_continuation(view.ids(), _NGRAMS)
+        token = lookup_continuation(view.ids())
         symbol = -1 if token is None else view.symbol(token)
         return symbol if symbol >= 0 else None
 
@@ -84,12 +84,9 @@ def build_draft(name: str | None, context: StrategyContext) -> Draft:
     return MemberDraft(list(names).index(name), name)
 
 
-def lookup_continuation(ids: Ids, lengths: Sequence[int]) -> int | None:
-    """Return what followed the latest earlier occurrence of the longest suffix of `ids` that has one.
-
-    lengths: of the suffixes to look for, longest first.
-    """
-    for length in lengths:
+def lookup_continuation(ids: Ids) -> int | None:
+    """Return what followed the latest earlier occurrence of the longest of some suffixes of `ids` that has one."""
+    for length in _NGRAMS:
         if len(ids) <= length:
             continue
         suffix = ids[-length:]

@@ -183,8 +183,15 @@ class _Block:
     def _begin_unverified(
         self, step: DecodeStep, coin: int, owner: int, noise: Noise
     ) -> RequestFlow[SampleResponse | None]:
-        """Let the next member begin a word, unless the owner should be asked first whether its word has ended."""
-        if not self._has_probably_ended(step.views[owner]):
+        """Let the next member begin a word, unless the owner should be asked first whether its word has ended.
+
+        An engine that reports its top tokens only runs each position by itself: there is no forward to save.
+        """
+        assert self._state.last_symbol is not None
+        saves_forwards = self._max_unverified > 1 and step.views[owner].member.engine.top_k_limit is None
+        if not saves_forwards or self._state.tail(1) in WHITESPACE:
+            return None
+        if self._statistics.probability(self._state.last_symbol) <= 0.5:
             return None
         logits = yield from self._run(coin, step.views[coin])
         first, mass = yield from _sample_first(step.views[coin], noise, logits)
@@ -194,20 +201,6 @@ class _Block:
         symbols_until_owner = _SYMBOLS_PER_WORD / max(float(step.weights[owner]), 1e-9)
         at_risk = min(self._max_unverified - len(self._written), symbols_until_owner)
         return first if (1 - mass) * at_risk <= mass else None
-
-    def _has_probably_ended(self, view: MemberView) -> bool:
-        """Whether to let the next member run first.
-
-        An engine that reports its top tokens only runs each position by itself: there is no forward to save.
-        """
-        last_symbol = self._state.last_symbol
-        assert last_symbol is not None
-        return (
-            self._max_unverified > 1
-            and view.member.engine.top_k_limit is None
-            and self._state.tail(1) not in WHITESPACE
-            and self._statistics.probability(last_symbol) > 0.5
-        )
 
     def _unverified_end(self, step: DecodeStep, owner: int) -> _UnverifiedEnd:
         view, state = step.views[owner], self._state
@@ -261,8 +254,7 @@ class _Block:
         return bool(self._state.word_start_marker()(np.array([sample.symbol]))[0])
 
     def _cached_sample(self, member: int, noise: Noise) -> SampleResponse | None:
-        sample = self._state.cached_sample(member, noise)
-        return None if sample is None else SampleResponse(*sample)
+        return cast("SampleResponse | None", self._state.cached_sample(member, noise))
 
     def _cache(self, member: int, noise: Noise, sample: SampleResponse) -> SampleResponse:
         self._state.cache_sample(member, noise, self._state.substring(), sample)

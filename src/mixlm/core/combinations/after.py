@@ -85,7 +85,8 @@ class TransformedCombination(Combination):
         coin = self.rule.first_member(weights)
         if coin is None or not 0 < self.sampling.temperature <= 1 or self.sampling.top_k == 1:
             return None  # with one symbol kept, what a member knows is all or nothing, whatever its weight
-        shares = _tempered_share(coin, 1 / self.sampling.temperature)
+        with np.errstate(divide="ignore", over="ignore"):
+            shares = 1 / (1 + ((1 - coin) / coin) ** (1 / self.sampling.temperature))
         total = shares.sum()
         return shares / total if total > 0 else None  # near temperature 0 all powers underflow
 
@@ -236,13 +237,6 @@ def _tempered_bound(lower: Floats, free: float, alpha: float) -> Floats:
         powers = (lower / scale) ** alpha
     bound[best] = powers[best] / (powers.sum() - (second / scale) ** alpha + ((second + free) / scale) ** alpha)
     return bound
-
-
-def _tempered_share(x: Floats, alpha: float) -> Floats:
-    """Return `g(x) = x^α / (x^α + (1 − x)^α)`."""
-    with np.errstate(divide="ignore", over="ignore"):
-        share: Floats = 1 / (1 + ((1 - x) / x) ** alpha)
-    return share
 
 
 def _kept_by_top_k(lower: Floats, room: float, k: int) -> npt.NDArray[np.bool_]:

@@ -10,8 +10,14 @@ from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.inspection import inspect
-from mixlm.inspection.measure import LENGTHS, measure_agreement, measure_rule, predict_speeds, time_forwards
-from mixlm.inspection.report import ForwardCost
+from mixlm.inspection.measure import (
+    LENGTHS,
+    ForwardCost,
+    measure_agreement,
+    measure_rule,
+    predict_speeds,
+    time_forwards,
+)
 from mixlm.inspection.static import check_feasibility, compare_vocabularies, describe_members, describe_rule
 
 TEXT = b"ab c abc a b c" * 9

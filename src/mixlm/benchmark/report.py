@@ -28,11 +28,9 @@ class MethodRun:
         seconds_by_forward_length: Mean seconds of a forward by its number of tokens, by member.
         outside_forwards_share: Share of the time outside forwards; None where it is not known.
         outside_forwards_ms: Milliseconds per token outside forwards; also of the first and the last quarter of a text.
-        draft: What drafted.
-        drafted: Drafts that were verified, in all repeats.
-        accepted: Drafts that were accepted, in all repeats.
+        drafted, accepted: Drafts that were verified, and accepted, in all repeats.
         plan: What `auto` did last.
-        predicted_tokens_per_second: The prediction of the cost model, where it has a formula.
+        predicted_tokens_per_second: By the cost model, where it has a formula.
         memory_bytes: Memory in use at the end of a run, all members' weights included.
     """
 

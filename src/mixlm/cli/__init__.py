@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixlm.cli.groups import Command, CommandGroup
-from mixlm.cli.run import run_app
+from mixlm.cli.run import Command, CommandGroup, run_app
 from mixlm.errors import UsageError
 from mixlm.version import __version__
 

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from itertools import cycle
 from typing import IO, TYPE_CHECKING, Any
 
 from mixlm.terminal import has_colours, is_terminal, styled, visible
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from mixlm.ensemble import Ensemble
     from mixlm.types import Completion, Token
 
-# Colours, of the 256 of terminals, with a contrast of about 4 on black and on white.
-PALETTE = (32, 166, 133, 29, 161, 99)
+# Colours, of the 256 of terminals and in CSS, with a contrast of about 4 on black and on white.
+PALETTE = {32: "#0087d7", 166: "#d75f00", 133: "#af5faf", 29: "#00875f", 161: "#d7005f", 99: "#875fff"}
 _DIM = "2"
 
 
@@ -109,7 +110,7 @@ def print_lines(text: str) -> None:
 
 def member_colours(names: Sequence[str]) -> dict[str, int]:
     """Return each member's colour, one of the 256 of terminals."""
-    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+    return dict(zip(names, cycle(PALETTE), strict=False))
 
 
 class Display:

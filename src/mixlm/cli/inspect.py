@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument
 
@@ -33,7 +33,7 @@ from mixlm.terminal import progress_bars, styled, visible
 if TYPE_CHECKING:
     from mixlm.inspection import Inspection
     from mixlm.inspection.gain import GainReport
-    from mixlm.inspection.report import MemberReport, RuleReport
+    from mixlm.inspection.static import MemberReport, RuleReport
 
 _QUESTION = "Why is the sky blue?"
 _FEW = 100  # segments
@@ -85,16 +85,14 @@ def inspect(
     from mixlm.inspection.unloaded import load_described
 
     ensemble = open_ensemble(shared, {}, load_engine=load_described if no_measure else None)
-
-    extra: dict[str, Any] = {} if sample is None else {"text": sample}
     with progress_bars(single=True) as progress:
         report = inspect_ensemble(
             ensemble,
             question=question,
+            text=sample,
             measure=not no_measure,
             options=shared.options(),
             progress=progress,
-            **extra,
         )
     if as_json:
         print_json(report.as_dict())

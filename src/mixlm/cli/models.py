@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mixlm.cli.display import print_json, print_table
-from mixlm.cli.groups import Command, CommandGroup
+from mixlm.cli.run import Command, CommandGroup
 from mixlm.errors import UsageError
 from mixlm.terminal import visible
 

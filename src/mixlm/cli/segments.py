@@ -118,7 +118,7 @@ def page(title: str, report: Mapping[str, Any], heads: Sequence[str], numbers: S
     """
     names = list(report["bits_per_byte"]["members"])
     places = {name: i % len(PALETTE) for i, name in enumerate(names)}
-    colours = "".join(f".m{i} {{ --c: {_hex(code)} }}\n" for i, code in enumerate(PALETTE))
+    colours = "".join(f".m{i} {{ --c: {colour} }}\n" for i, colour in enumerate(PALETTE.values()))
     rows = [_row("th", heads), *(_member(row, places.get(row[0])) for row in numbers)]
     segments = "".join(_segment(segment, places) for segment in report["segments"])
     about = about_unit(report["unit"], len(report["segments"]), report["bytes"])
@@ -156,10 +156,3 @@ def _segment(segment: Mapping[str, Any], places: Mapping[str, int]) -> str:
 
 def _safe(text: str) -> str:
     return escape(visible(text))
-
-
-def _hex(code: int) -> str:
-    """Return one of the 216 colours of a terminal's colour cube as a CSS colour."""
-    steps = (0, 95, 135, 175, 215, 255)
-    red, rest = divmod(code - 16, 36)
-    return "#" + "".join(f"{steps[index]:02x}" for index in (red, *divmod(rest, 6)))

@@ -1,6 +1,5 @@
 """What an ensemble is and what it will cost, before anything is generated."""
 
-from mixlm.inspection.report import Inspection
-from mixlm.inspection.run import inspect
+from mixlm.inspection.run import Inspection, inspect
 
 __all__ = ["Inspection", "inspect"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from mixlm.engines.requests import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.generation.prompt_logprobs import symbol_probabilities
-from mixlm.inspection.report import PairReport, RuleReport, SpeedEstimate
+from mixlm.inspection.static import PairReport, RuleReport
 from mixlm.scoring.passages import text_prefix
 from mixlm.terminal import Progress
 from mixlm.tokenization.segments import common_boundaries, encode_exactly
@@ -27,6 +28,32 @@ _CACHED = 128  # tokens in the KV cache when forward passes are timed
 _REPEATS = 3
 _RULE_TOKENS = 32
 _WINDOW = 96  # bytes of text whose distributions are in memory at once
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCost:
+    """Median seconds of a member's forward pass, by its number of tokens, after `cached` tokens."""
+
+    member: str
+    cached: int
+    seconds: Mapping[int, float]
+
+    @classmethod
+    def of(cls, member: str, forwards: Sequence[Forward]) -> ForwardCost:
+        """Return the medians of a member's timed forwards."""
+        lengths = sorted({forward.tokens for forward in forwards})
+        seconds = {n: median(forward.seconds for forward in forwards if forward.tokens == n) for n in lengths}
+        return cls(member, forwards[0].cached, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedEstimate:
+    """Tokens per second of a method: predicted from forward passes alone, and measured if there was a run."""
+
+    method: str
+    members: tuple[str, ...]
+    predicted: float
+    measured: float | None = None
 
 
 def measure_agreement(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mixlm.benchmark import BenchPlan, bench
@@ -11,8 +11,14 @@ from mixlm.engines.base import total_weight_bytes
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.inspection import static
-from mixlm.inspection.measure import measure_agreement, measure_rule, predict_speeds, time_forwards
-from mixlm.inspection.report import ForwardCost, Inspection
+from mixlm.inspection.measure import (
+    ForwardCost,
+    SpeedEstimate,
+    measure_agreement,
+    measure_rule,
+    predict_speeds,
+    time_forwards,
+)
 from mixlm.scoring.passages import split_passages
 from mixlm.terminal import Progress
 
@@ -37,11 +43,41 @@ _TOKENS = 24
 _SECONDS = 30.0
 
 
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The report of an inspection.
+
+    Attributes:
+        text_bytes: Size of the sample text that the members scored; 0 if no model was run.
+        unmeasured: Why nothing was measured, if so.
+        rule: The combination rule; None for the average.
+        router_inputs: What the router looks at beside the text, and which engines can run it; None for the text alone.
+    """
+
+    unit: str
+    router: str
+    question: str
+    members: tuple[static.MemberReport, ...]
+    weights_bytes: int
+    possibilities: tuple[static.Feasibility, ...]
+    pairs: tuple[static.PairReport, ...]
+    text_bytes: int = 0
+    costs: tuple[ForwardCost, ...] = ()
+    speeds: tuple[SpeedEstimate, ...] = ()
+    unmeasured: str | None = None
+    router_inputs: str | None = None
+    rule: static.RuleReport | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that `--json` prints."""
+        return asdict(self)
+
+
 def inspect(
     ensemble: Ensemble,
     *,
     question: str = QUESTION,
-    text: str = TEXT,
+    text: str | None = None,
     measure: bool = True,
     options: Options | None = None,
     progress: Progress | None = None,
@@ -51,7 +87,7 @@ def inspect(
     Args:
         ensemble: The ensemble.
         question: The user message whose prompts are shown.
-        text: A sample text; at most its first 4,000 bytes are used, up to an end of line or a space.
+        text: A sample text, of which at most 4,000 bytes are used, up to an end of line or a space; `TEXT` by default.
         measure: Whether models are run.
         options: Generation options, which determine the methods that are possible.
         progress: Called with what is done, the steps done, and their number.
@@ -59,6 +95,7 @@ def inspect(
     Raises:
         ConfigError: The question or the text is empty, or a member's tokens cannot spell the text.
     """
+    text = TEXT if text is None else text
     for name, value in (("question", question), ("sample text", text)):
         if not value.strip():
             raise ConfigError(f"the {name} is empty", "omit it for the default")

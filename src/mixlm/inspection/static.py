@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -16,9 +17,99 @@ from mixlm.decoding.layered import has_envelope
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
 from mixlm.generation.target import assign_roles
-from mixlm.inspection.report import Feasibility, MemberReport, PairReport, RuleReport
 from mixlm.routing.base import observed_by
 from mixlm.routing.gate_router import GateInputs
+
+
+@dataclass(frozen=True, slots=True)
+class MemberReport:
+    """One member, as far as it is known without running it.
+
+    Attributes:
+        rows: Size of the output layer, including padding.
+        pieces: Number of distinct byte strings among its tokens.
+        control: Number of control tokens.
+        ends: The ids that end a completion, by name.
+        reading, details: What the engine reports about its tokenizer, and about itself.
+        prompt: The prompt for the question, with its control tokens spelled out.
+        shares: The first member that shares its weights, if any.
+    """
+
+    name: str
+    weight: float
+    rows: int
+    pieces: int
+    control: int
+    ends: Mapping[str, int]
+    reading: Mapping[str, str]
+    details: Mapping[str, str]
+    prompt: str
+    prompt_tokens: int
+    stops: tuple[str, ...]
+    context_length: int
+    weights_bytes: int
+    shares: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Feasibility:
+    """Whether a unit or a method is possible for the ensemble, and if not, the reason."""
+
+    kind: str
+    name: str
+    possible: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PairReport:
+    """How far two members agree. What is measured on a sample text is None if no model was run.
+
+    Attributes:
+        common: Number of byte strings that are tokens of both.
+        share: `common` as a fraction of each member's pieces.
+        mass: Each member's probability of pieces that the other has too, including end of text; mean over positions.
+        distance: Total variation between the two next-token distributions over shared symbols; mean over `places`.
+        places: Number of positions in the text where both members have a token boundary.
+    """
+
+    members: tuple[str, str]
+    common: int
+    share: tuple[float, float]
+    mass: tuple[float, float] | None = None
+    distance: float | None = None
+    places: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RuleReport:
+    """What a combination rule needs, and what it costs on a sample.
+
+    Attributes:
+        parameters: Those that are given.
+        roles: The member of each role.
+        needs: What it asks of the members.
+        bounds: How a position is decided before all members have run.
+        tokens: Length of the sample in tokens; 0 if no model was run.
+        stopped: The share of the other members' forwards that was not needed, without drafts.
+        forwards: Forwards of members for each token by `layered`, with its drafts.
+        drafted, accepted: Drafts that were verified, and accepted.
+        tokens_per_second: Of `layered`.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+    roles: Mapping[str, str]
+    needs: tuple[str, ...]
+    bounds: str
+    tokens: int = 0
+    stopped: float = 0.0
+    forwards: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    tokens_per_second: float = 0.0
+    conventional_tokens_per_second: float = 0.0
 
 
 def describe_members(ensemble: Ensemble, question: str, options: Mapping[str, Any]) -> tuple[MemberReport, ...]:

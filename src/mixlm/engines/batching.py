@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -49,14 +49,6 @@ def respond_in_threads(
     return responses
 
 
-class _BatchItem(NamedTuple):
-    """A request's position, all its ids, and what has to run for it."""
-
-    position: int
-    ids: Ids
-    input: SequenceInput
-
-
 def respond_batched(
     requests: Sequence[tuple[Session, ForwardRequest]], run: RunBatch, max_tokens: int
 ) -> list[Response]:
@@ -69,13 +61,13 @@ def respond_batched(
     """
     responses: list[Response] = [None] * len(requests)
     waiting = list(range(len(requests)))
-    outputs: dict[int, SequenceOutput] = {}
     while waiting:
         # A session with several requests serves them one after the other.
         first = {id(requests[index][0]): index for index in reversed(waiting)}
         current = sorted(first.values())
         waiting = [index for index in waiting if index not in set(current)]
-        items = []
+        outputs: dict[int, SequenceOutput] = {}
+        missing: dict[int, SequenceInput] = {}
         for index in current:
             session, request = requests[index]
             if request.hidden:
@@ -84,46 +76,42 @@ def respond_batched(
             if cached is None:
                 outputs[index] = session.last_logits
             else:
-                rest = SequenceInput(
+                missing[index] = SequenceInput(
                     session, request.ids[cached:], request.last, request.top_k_filter, request.run_ahead
                 )
-                items.append(_BatchItem(index, request.ids, rest))
-        for item, output in zip(items, _run_items(items, run, max_tokens), strict=True):
-            outputs[item.position] = output
+        try:
+            while missing:
+                batch = _first_batch(missing, max_tokens)
+                start = time.perf_counter()
+                batch_outputs = run([missing[index] for index in batch])
+                seconds = time.perf_counter() - start
+                total = sum(len(missing[index].ids) for index in batch)
+                for index, output in zip(batch, batch_outputs, strict=True):
+                    session, request = requests[index]
+                    count = len(missing[index].ids)
+                    # A copy: a view would keep the logits of the whole batch in memory.
+                    outputs[index] = rows = output.copy() if len(batch) > 1 else output
+                    forward = Forward(count, len(request.ids) - count, seconds / total * count, len(batch))
+                    session.record(request.ids, None if isinstance(rows, list) else rows, forward)
+                    del missing[index]
+        except BaseException:
+            for rest in missing.values():
+                rest.session.reset()
+            raise
         for index in current:
             session, request = requests[index]
             responses[index] = to_response(request, outputs[index], session.hidden_states)
     return responses
 
 
-def _run_items(items: Sequence[_BatchItem], run: RunBatch, max_tokens: int) -> list[SequenceOutput]:
-    outputs: list[SequenceOutput] = []
-    try:
-        while len(outputs) < len(items):
-            batch = _first_batch(items[len(outputs) :], max_tokens)
-            start = time.perf_counter()
-            batch_outputs = run([item.input for item in batch])
-            seconds_per_token = (time.perf_counter() - start) / sum(len(item.input.ids) for item in batch)
-            for item, output in zip(batch, batch_outputs, strict=True):
-                count = len(item.input.ids)
-                # A copy: a view would keep the logits of the whole batch in memory.
-                rows = output.copy() if len(batch) > 1 else output
-                forward = Forward(count, len(item.ids) - count, seconds_per_token * count, len(batch))
-                item.input.session.record(item.ids, None if isinstance(rows, list) else rows, forward)
-                outputs.append(rows)
-    except BaseException:
-        for item in items[len(outputs) :]:
-            item.input.session.reset()
-        raise
-    return outputs
-
-
-def _first_batch(items: Sequence[_BatchItem], max_tokens: int) -> Sequence[_BatchItem]:
-    """Return the first items that fit into one forward pass, at least one; a session that has run ahead is alone."""
-    total = 0
-    for count, item in enumerate(items):
-        total += len(item.input.ids)
-        alone = item.input.session.has_run_ahead or items[0].input.session.has_run_ahead
-        if count and (total > max_tokens or alone):
-            return items[:count]
-    return items
+def _first_batch(inputs: Mapping[int, SequenceInput], max_tokens: int) -> list[int]:
+    """Return the first that fit into one forward pass, at least one; a session that has run ahead is alone."""
+    batch: list[int] = []
+    total, ran_ahead = 0, False
+    for index, sequence in inputs.items():
+        total += len(sequence.ids)
+        ran_ahead = ran_ahead or sequence.session.has_run_ahead
+        if batch and (total > max_tokens or ran_ahead):
+            break
+        batch.append(index)
+    return batch

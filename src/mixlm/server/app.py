@@ -68,11 +68,6 @@ class ServerApp:
         paths = {route.path for route in routes}
         self.asgi: ASGIApp = RequestMiddleware(router, paths, keys or {}, self.metrics, hosts, tracer)
 
-    @property
-    def has_busy_threads(self) -> bool:
-        """Whether threads still run after the server has stopped."""
-        return self.model_thread.is_alive or self.preparer.is_busy
-
     def _prefix_cache_bytes(self) -> int:
         engines = (member.engine for model in self.registry for member in model.ensemble.members)
         return sum({key: size for engine in engines for key, size in engine.prefix_cache_parts.items()}.values())

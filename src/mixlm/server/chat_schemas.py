@@ -171,18 +171,12 @@ class ChatBody(CommonFields):
         return self
 
     @property
-    def choice(self) -> str:
-        """What `tool_choice` asks for: a word, or the name of a function."""
+    def choice(self) -> tuple[str, list[str] | None]:
+        """What `tool_choice` asks for, a word or the name of a function, and the functions that it lists, if any."""
         match self.tool_choice:
             case NamedTool() as named:
-                return named.function.name
-            case AllowedTools() as allowed:
-                return allowed.allowed_tools.mode
+                return named.function.name, None
+            case AllowedTools(allowed_tools=allowed):
+                return allowed.mode, [tool.function.name for tool in allowed.tools]
             case word:
-                return word or "auto"
-
-    @property
-    def allowed(self) -> list[str] | None:
-        """The names of the functions that may be called; None if `tool_choice` has no list of them."""
-        choice = self.tool_choice
-        return [tool.function.name for tool in choice.allowed_tools.tools] if isinstance(choice, AllowedTools) else None
+                return word or "auto", None

@@ -73,10 +73,11 @@ class CompletionsFormat:
 
     def first_chunks(self) -> list[bytes]:
         """Return the events before any token: the role of each message, or the prompts to echo."""
-        indices = range(self._request.num_completions)
-        if self._is_chat:
-            return [self._chunk(i, {"role": "assistant", "content": ""}, {"members": []}) for i in indices]
-        return [self._chunk(i, self._echo(i), {"members": []}) for i in indices if self._echo(i)]
+        contents = [
+            {"role": "assistant", "content": ""} if self._is_chat else self._echo(i)
+            for i in range(self._request.num_completions)
+        ]
+        return [self._chunk(i, content, {"members": []}) for i, content in enumerate(contents) if content]
 
     def token_chunks(self, index: int, token: Token, forwards: Mapping[str, int]) -> list[bytes]:
         """Return the events of one token. forwards: each member's passes since the previous event."""

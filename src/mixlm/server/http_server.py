@@ -41,12 +41,10 @@ class ListenAddress:
     @property
     def is_loopback(self) -> bool:
         """Whether only programs on this machine can connect."""
-        if self.host == "localhost":
-            return True
         try:
             return ip_address(self.host).is_loopback
         except ValueError:
-            return False
+            return self.host == "localhost"
 
     @property
     def allowed_hosts(self) -> Collection[str] | None:
@@ -83,7 +81,7 @@ def serve(app: ServerApp, listener: socket.socket, *, on_ready: Callable[[str], 
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     GracefulServer(app, listener, on_ready=on_ready).run(sockets=[listener])
-    if app.has_busy_threads:
+    if app.model_thread.is_alive or app.preparer.is_busy:
         # The interpreter would end these threads in the midst of foreign code, which may abort the process.
         os._exit(0)
 

@@ -54,8 +54,11 @@ class ServedModel:
         self.rule = ALIASES.get(rule, rule)
         self.rules = _rules(len(ensemble.members), shared_vocabulary=self._conflict is None)
         self.rules.setdefault(self.rule, COMBINATION_METHODS)
-        if observed_by(ensemble.router) is not None:
-            self.units, self.rules = _without_layered(self.units), _without_layered(self.rules)
+        if observed_by(ensemble.router) is not None:  # layered takes no router that observes a member
+            for listed in (self.units, self.rules):
+                listed |= {
+                    name: tuple(method for method in methods if method != "layered") for name, methods in listed.items()
+                }
         self._by_unit = {ensemble.unit.name: ensemble}
         self._lock = Lock()
 
@@ -142,12 +145,6 @@ class ServedModel:
                 "max_tokens": defaults.max_tokens,
             },
         }
-
-
-def _without_layered(methods: Mapping[str, tuple[Method, ...]]) -> dict[str, tuple[Method, ...]]:
-    """Return methods by name without the one that takes no router that observes a member."""
-    layered: Method = "layered"
-    return {name: tuple(method for method in listed if method != layered) for name, listed in methods.items()}
 
 
 def _rules(members: int, *, shared_vocabulary: bool) -> dict[str, tuple[Method, ...]]:

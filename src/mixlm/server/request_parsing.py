@@ -120,14 +120,15 @@ def _tool_options(body: ChatBody, limits: ServerLimits) -> dict[str, Any]:
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         raise ApiError(400, "tools: two functions have one name", param="tools", code="invalid_value")
-    if body.choice == "required" and not tools:
+    choice, allowed = body.choice
+    if choice == "required" and not tools:
         raise unsupported_field("tool_choice", "there are no tools")
-    for name in body.allowed or [body.choice]:
-        if name not in (*names, *(() if body.allowed else ("auto", "none", "required"))):
+    for name in allowed or [choice]:
+        if name not in (*names, *(() if allowed else ("auto", "none", "required"))):
             message = f"tool_choice: there is no tool {name!r}"
             raise ApiError(400, message, param="tool_choice", code="invalid_value")
-    tools = [tool for tool in tools if body.allowed is None or tool.name in body.allowed]
-    options: dict[str, Any] = {"tools": tools, "tool_choice": body.choice if tools else "auto"}
+    tools = [tool for tool in tools if allowed is None or tool.name in allowed]
+    options: dict[str, Any] = {"tools": tools, "tool_choice": choice if tools else "auto"}
     return {**options, "parallel_tool_calls": body.parallel_tool_calls is not False}
 
 

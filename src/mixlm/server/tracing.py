@@ -51,11 +51,7 @@ class RequestTracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def record(self, record: RequestRecord, status: int, headers: Mapping[str, str]) -> str:
-        """Make the spans of a request that is over, as part of the trace that its `traceparent` names.
-
-        Returns:
-            The id of the trace, in hexadecimal.
-        """
+        """Make the spans of a finished request, in the trace that its `traceparent` names. Returns the trace's id."""
         from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id, set_span_in_context
 
         now, wall_clock = time.monotonic(), time.time_ns()

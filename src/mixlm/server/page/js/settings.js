@@ -11,6 +11,8 @@ export const modelOf = (models, settings) => models.find((model) => model.id ===
 const PARAMETERS = { strength: "Strength", alpha: "Plausible from", form: "Form", by: "Decided by" };
 const parametersOf = (details, settings) => details.rule_parameters[settings.rule ?? details.rule] ?? {};
 
+const options = (values) => values.map((value) => new Option(value, value));
+
 export const memberNames = (model) => model.mixlm.members.map((member) => member.name);
 
 // The settings of a comparison that is new: the heaviest member alone.
@@ -84,7 +86,7 @@ export class SettingsForm {
     this.settings = settings;
     this.onChange = onChange;
     this.root = $("#settings-form").content.cloneNode(true).firstElementChild;
-    this.input("model").replaceChildren(...models.map((model) => new Option(model.id, model.id)));
+    this.input("model").replaceChildren(...options(models.map((model) => model.id)));
     this.root.addEventListener("input", (event) => this.read(event.target));
     $(".defaults", this.root).addEventListener("click", () => this.reset());
     this.fill();
@@ -115,19 +117,14 @@ export class SettingsForm {
     );
     this.offer("method", methods(unit));
     $(".parameters", this.root).replaceChildren(
-      ...Object.entries(parametersOf(details, settings)).map(([name, { default: preset, choices }]) =>
-        element(
-          "label",
-          {},
-          `${PARAMETERS[name]} `,
-          choices.length
-            ? element("select", { name }, ...choices.map((choice) => new Option(choice, choice)))
-            : element("input", { name, type: "number", step: 0.1, placeholder: preset }),
-        ),
-      ),
+      ...Object.entries(parametersOf(details, settings)).map(([name, { default: preset, choices }]) => {
+        const input = choices.length
+          ? element("select", { name }, ...options(choices))
+          : element("input", { name, type: "number", step: 0.1, placeholder: preset });
+        input.value = settings[name] ?? (choices.length ? preset : "");
+        return element("label", {}, `${PARAMETERS[name]} `, input);
+      }),
     );
-    for (const [name, { default: preset, choices }] of Object.entries(parametersOf(details, settings)))
-      this.input(name).value = settings[name] ?? (choices.length ? preset : "");
     for (const name of ["temperature", "top_k", "max_tokens"]) this.input(name).value = settings[name] ?? details[name];
     this.input("seed").value = settings.seed ?? "";
     $(".router", this.root).hidden = !details.routed;
@@ -162,7 +159,7 @@ export class SettingsForm {
     if (settings[name] !== undefined && !values.includes(settings[name])) delete settings[name];
     if (settings[name] === undefined && !values.includes(preferred)) settings[name] = values[0];
     const select = this.input(name);
-    select.replaceChildren(...values.map((value) => new Option(value, value)));
+    select.replaceChildren(...options(values));
     select.value = settings[name] ?? preferred;
     return select.value;
   }

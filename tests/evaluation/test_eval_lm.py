@@ -330,7 +330,9 @@ def test_conversations_pass_through_unrendered() -> None:
     packed = lm.apply_chat_template(HISTORY)
     assert unpack(packed).messages == tuple(Message(message["role"], message["content"]) for message in HISTORY)
     begun = unpack(lm.apply_chat_template([*HISTORY, {"role": "assistant", "content": "It is"}], False))
-    assert (begun.text, len(begun.messages or ())) == ("It is", 2)
+    assert (begun.text, (begun.messages or ())[-1]) == ("", Message("assistant", "It is"))
+    assert begun.form.continue_final_message
+    assert not unpack(packed).form.continue_final_message
     assert unpack("plain text").messages is None
     assert lm.tokenizer_name == "mixlm toy0 + toy1"
     with pytest.raises(ConfigError, match="role 'tool'"):
@@ -342,8 +344,8 @@ class Templated(ToyEngine):
 
     def __init__(self, template: str, seed: int) -> None:
         super().__init__(table=random_table(len(WORD_TOKENS) + 2, seed))
-        self.prompts._render = lambda messages: (
-            "<begin>" + "".join(template.format(message.role, message.content) for message in messages)
+        self.prompts._render = lambda messages, form=None: (
+            "<begin>" + "".join(template.format(message.role, message.content) for message in messages).rstrip()
         )
 
 
@@ -364,8 +366,8 @@ def test_every_member_reads_its_own_template(monkeypatch: pytest.MonkeyPatch) ->
     ((first, second),) = contexts
     spelled = [b"".join(engines[0].vocabulary.tokens[i] for i in ids).decode() for ids in (first, second)]
     said = "who sings? \x1e <end>"
-    assert spelled[0] == f"system: sing\n\nbe brief\nuser: {said}\nIt"
-    assert spelled[1] == f"[system] sing\n\nbe brief [user] {said} It"
+    assert spelled[0] == f"system: sing\n\nbe brief\nuser: {said}\nassistant: It"
+    assert spelled[1] == f"[system] sing\n\nbe brief [user] {said} [assistant] It"
 
 
 def test_choices_are_scored_behind_a_conversation() -> None:

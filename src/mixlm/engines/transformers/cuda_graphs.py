@@ -182,10 +182,6 @@ class CudaGraphRunner:
         self._norms = FusedNorms(model)
         self._graph_pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
-    def uncaptured(self) -> CudaGraphRunner:
-        """Return a runner of the same model with nothing captured yet."""
-        return CudaGraphRunner(self._model, capture=self.captures)
-
     def fits(self, cache: KVCache, tokens: int) -> bool:
         """Whether there is a pass for so many further tokens of a sequence."""
         if tokens > PADDED_LENGTHS[-1]:

@@ -24,7 +24,6 @@ PREFIX = "shape:"
 LABEL = "real architecture and size, weights filled with numbers: for measuring speed only"
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def _fields(kind: str, rows: int, positions: int, theta: float, *sizes: int, **others: Any) -> dict[str, Any]:
@@ -43,7 +42,8 @@ def _fields(kind: str, rows: int, positions: int, theta: float, *sizes: int, **o
 
 def _llama3(factor: float, *sizes: int, **others: Any) -> dict[str, Any]:
     fields = _fields("llama", 128_256, 131_072, 5e5, *sizes, **others)
-    fields["rope_parameters"] |= {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    fields["rope_parameters"] |= {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": 8192}
+    fields["rope_parameters"] |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     return fields
 
 

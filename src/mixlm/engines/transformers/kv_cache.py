@@ -185,13 +185,13 @@ class KVBufferPool:
             slab.used -= 1
             if slab.slots > self.slots:
                 return
-            if slab.used or (len(free) < self._max_idle and self._idle_bytes() + buffer.nbytes <= _MAX_IDLE_BYTES):
+            idle = (other for others in self._free.values() for other in others if not other.slab.used)
+            if slab.used or (
+                len(free) < self._max_idle and buffer.nbytes + sum(other.nbytes for other in idle) <= _MAX_IDLE_BYTES
+            ):
                 free.append(buffer)
             else:
                 free[:] = [other for other in free if other.slab is not slab]
-
-    def _idle_bytes(self) -> int:
-        return sum(buffer.nbytes for free in self._free.values() for buffer in free if not buffer.slab.used)
 
     def separate(self) -> None:
         """Let every buffer be for itself from now on. Sequences leave what lies side by side when they go on."""

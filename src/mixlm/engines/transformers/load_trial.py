@@ -75,16 +75,12 @@ class _LoadTrial:
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
         self._model = loaded.model
+        self._called = f"{loaded.name} ({loaded.model.config.model_type})"
         self._tolerance = self_test.Tolerance.of(self._model.dtype)
         # What no path mends: from this distance on a model is refused.
         self._refused_from = self._tolerance.largest * (10 if self._tolerance.aggregate is max else 1)
         self._ids = self_test.sample_ids(vocabulary_size(self._model), self_test.trial_length(self._model.config))
         self._whole = ModelRunner(loaded, ForwardPath.WHOLE)
-
-    @property
-    def _called(self) -> str:
-        """The model, for messages."""
-        return f"{self._loaded.name} ({self._model.config.model_type})"
 
     def fastest(self) -> ModelRunner:
         """Return a runner on the fastest path that gives what forward passes of whole texts give."""
@@ -121,7 +117,7 @@ class _LoadTrial:
 
             session = HFSession(runner)
             session.logits(ids)
-            size = session.cache.snapshot_bytes / (1 << 20)
+            size = session.cache.copy_segment(len(ids), len(ids)).state_bytes / (1 << 20)
             runner.path_details["snapshots"] = f"up to {MAX_SNAPSHOTS} of {size:.3g} MiB for each sequence"
         return runner
 

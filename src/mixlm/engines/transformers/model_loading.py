@@ -37,8 +37,6 @@ def load_model(source: str, spec: EngineSpec, options: dict[str, Any]) -> tuple[
     """
     name = spec.name
     offload = mkdtemp(prefix="mixlm-offload-") if spec.device_map is not None else None
-    if offload is not None:
-        options = {**options, "offload_folder": offload}
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it says of weights is in the loading info
@@ -50,6 +48,7 @@ def load_model(source: str, spec: EngineSpec, options: dict[str, Any]) -> tuple[
             model, info = AutoModelForCausalLM.from_pretrained(
                 source,
                 **options,
+                offload_folder=offload,
                 trust_remote_code=spec.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # an error below, with all their names

@@ -150,7 +150,6 @@ class _Together:
         self._masks: dict[int | None, tuple[int, torch.Tensor | None]] = {}
 
     def attend(self, layer: int, qkv: QueryKeyValue, form: AttentionForm, out: torch.Tensor) -> None:
-        """Write what their tokens attend to. out: (tokens, query heads, head dimension)."""
         query, key, value = (tensor[0].transpose(0, 1) for tensor in qkv)
         heads, groups = key.shape[1], query.shape[1] // key.shape[1]
         keys, values = self._slab.layer(layer, *(tensor[0] for tensor in qkv[1:]))
@@ -189,7 +188,6 @@ class _InKernel:
         self._lengths: dict[torch.device, Lengths] = {}
 
     def attend(self, layer: int, qkv: QueryKeyValue, form: AttentionForm, out: torch.Tensor) -> None:
-        """Write what their tokens attend to. out: (tokens, query heads, head dimension)."""
         query, key, value = qkv
         pairs = [
             part.cache.append(layer, *(tensor[0, :, part.start : part.start + part.size] for tensor in (key, value)))

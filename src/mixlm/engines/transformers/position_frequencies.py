@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Hashable
 from contextlib import suppress
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -39,11 +38,6 @@ class PositionFrequencies:
     def regime(self, length: int) -> Hashable:
         """Return what is equal for two lengths whose frequencies are equal."""
         return tuple((length > limit) * (length if changes else 1) for limit, changes in self._rules)
-
-    def parts(self, length: int, last: int) -> list[tuple[int, int]]:
-        """Divide the last prefixes of a text by regimes: the length of the longest of each, and how many it has."""
-        groups = [list(ends) for _, ends in groupby(range(length - last + 1, length + 1), self.regime)]
-        return [(ends[-1], len(ends)) for ends in groups]
 
     def _forward(self, module: Any, x: Any, position_ids: Any, *args: Any, **options: Any) -> Any:
         decorated = type(module).forward

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from enum import StrEnum
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -156,14 +157,14 @@ class HFSession(Session):
 
     def logits(self, ids: Ids, last: int = 1) -> Logits:
         """Return the logits after each of the last prefixes, those of each regime of frequencies by themselves."""
-        frequencies = self._runner.frequencies
-        if frequencies is None or not 1 <= last <= len(ids):
+        if self._runner.frequencies is None or not 1 <= last <= len(ids):
             return super().logits(ids, last)
         rows, hidden = [], []
-        for end, count in frequencies.parts(len(ids), last):
-            rows.append(super().logits(ids[:end], count))
+        for _, group in groupby(range(len(ids) - last + 1, len(ids) + 1), self._runner.regime):
+            ends = list(group)
+            rows.append(super().logits(ids[: ends[-1]], len(ends)))
             if self.hidden_states is not None:
-                hidden.append(self.hidden_states[-count:])
+                hidden.append(self.hidden_states[-len(ends) :])
         if hidden:
             self.hidden_states = np.concatenate(hidden)
         return np.concatenate(rows)
@@ -274,8 +275,8 @@ class ModelRunner:
         if adapter not in runners:
             runner = runners[adapter] = copy(self)
             runner.adapter = adapter
-            if self.graphs is not None:
-                runner.graphs = self.graphs.uncaptured()  # captured passes apply the adapter they were captured with
+            if self.graphs is not None:  # captured passes apply the adapter they were captured with
+                runner.graphs = type(self.graphs)(self.model, capture=self.graphs.captures)
         return runners[adapter]
 
     def respond(self, requests: Sequence[tuple[Session, ForwardRequest]]) -> list[Response]:

@@ -122,12 +122,6 @@ class SnapshotCache:
                 self.cache.update(keys, values, index)
         self.length = length
 
-    @property
-    def snapshot_bytes(self) -> int:
-        """Memory of the last snapshot."""
-        *_, last = self._snapshots.values() or [[]]
-        return sum(_size(values) for values in last)
-
 
 def _expendable(lengths: list[int]) -> int:
     """Return the length, in rising order, whose neighbours lie closest together for how far it lies back."""

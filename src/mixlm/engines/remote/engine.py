@@ -23,7 +23,7 @@ import numpy as np
 
 from mixlm.engines.base import EngineSpec, Session, TextInterface
 from mixlm.engines.registry import is_remote
-from mixlm.engines.remote.http_client import ClientLimits, EventLoopThread, HttpClient
+from mixlm.engines.remote.http_client import ClientLimits, EventLoopThread
 from mixlm.engines.remote.model_info import ModelInfo, read_model_info, tokenizer_folder_of
 from mixlm.engines.remote.probing import PROBE_TEXT, probe
 from mixlm.engines.remote.replica import Replica, ReplicaSet
@@ -311,12 +311,7 @@ class RemoteSession(TopKOnlySession):
 
 
 async def _create_replicas(urls: Sequence[str], key: str | None, limits: ClientLimits) -> list[Replica]:
-    replicas = []
-    for url in urls:
-        base_url, _, model = url.strip().partition("#")
-        client = HttpClient(base_url.rstrip("/").removesuffix("/v1"), key, limits)
-        replicas.append(Replica(client, model))
-    return replicas
+    return [Replica(url, key, limits) for url in urls]  # in the event loop that sends their requests
 
 
 async def _find_first(replicas: Sequence[Replica]) -> tuple[Replica, ModelInfo]:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from weakref import WeakSet
 
 from mixlm.engines.base import Session
-from mixlm.engines.remote.http_client import HttpClient, time_limit
+from mixlm.engines.remote.http_client import ClientLimits, HttpClient, time_limit
 from mixlm.engines.remote.model_info import ModelInfo, read_model_info
 from mixlm.engines.remote.server import ModelServer
 from mixlm.errors import EngineError, MixlmError, UnsupportedError
@@ -22,15 +22,16 @@ _QUICK = 2.0  # seconds to wait for a server that may be gone
 class Replica:
     """One of a member's servers, connected or not.
 
-    server: None until it was connected once. is_ready: whether it is in use. sessions: those that stay with it.
+    model: its name at the server, "" for the only one. server: None until it was connected once. is_ready: whether it
+    is in use. sessions: those that stay with it.
 
     Args:
-        model: the model's name at the server, "" for its only one.
+        url: the server's, with `#` and the model's name behind it where it has several.
     """
 
-    def __init__(self, client: HttpClient, model: str) -> None:
-        self.client = client
-        self.model = model
+    def __init__(self, url: str, key: str | None, limits: ClientLimits) -> None:
+        base_url, _, self.model = url.strip().partition("#")
+        self.client = HttpClient(base_url.rstrip("/").removesuffix("/v1"), key, limits)
         self.server: ModelServer | None = None
         self.is_ready = False
         self.sessions: WeakSet[Session] = WeakSet()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
-
-import numpy as np
 
 from mixlm.cli.display import print_lines, print_table
 from mixlm.cli.options import Shared, option_flag
@@ -90,9 +89,7 @@ class AccuracyReport:
     def __init__(self, task: str, measured: AccuracyStudy, fit: FitStudy, engines: int, holdout: float) -> None:
         from mixlm.evaluation.accuracy import best_weights, held_out_questions
 
-        self.task = task
-        self.measured = measured
-        self.fit = fit
+        self.task, self.measured, self.fit = task, measured, fit
         self.readings = fit.passes(engines)[0]
         self.others = held_out_questions(measured.questions, holdout)
         self.chosen = ~self.others
@@ -100,16 +97,10 @@ class AccuracyReport:
         if measured.grid:
             self.weightings.append(replace(best_weights(measured.grid, self.chosen), name="grid over accuracy"))
         self.em = next(weighting for weighting in measured.ways if weighting.name == "EM")
-
-    @property
-    def em_seconds(self) -> float:
-        """The time of EM in total: scoring the training part, whenever that was, and the iterations."""
-        return self.fit.seconds + self.fit.em.seconds
-
-    @property
-    def grid_seconds(self) -> float:
-        """The time of the grid search in total."""
-        return self.measured.read_seconds + sum(point.seconds for point in self.measured.grid)
+        # Of EM, scoring the training part counts too, whenever that was.
+        self.em_seconds = fit.seconds + fit.em.seconds
+        self.grid_seconds = measured.read_seconds + sum(point.seconds for point in measured.grid)
+        self.grid_tokens = sum(point.tokens for point in measured.grid)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
@@ -126,7 +117,7 @@ class AccuracyReport:
                 "em_readings": self.readings,
                 "grid_points": len(grid),
                 "grid_seconds": self.grid_seconds if grid else 0.0,
-                "grid_tokens": sum(point.tokens for point in grid),
+                "grid_tokens": self.grid_tokens,
                 "task_readings": self.measured.read,
                 "task_reading_seconds": self.measured.read_seconds,
             },
@@ -189,17 +180,15 @@ class AccuracyReport:
                 seconds = sum(weighting.seconds for weighting in self.measured.ways)
                 spent = f"{seconds:.0f} s for {sum(weighting.tokens for weighting in self.measured.ways)} tokens"
             return f"{em}; these questions took {spent}."
-        ratio = self.grid_seconds / self.em_seconds if self.em_seconds else np.inf
         if read:
-            evaluation = sum(point.seconds for point in grid)
-            rescoring = self.measured.read_seconds * len(grid)
+            reading = self.measured.read_seconds
             return (
-                f"{em}. The task's {read} texts were scored once, in {self.measured.read_seconds:.1f} s, and the "
-                f"grid's {len(grid)} points evaluated from these scores in {evaluation:.1f} s. A search that "
-                f"scores again at every point needs {read * len(grid)} passes, {rescoring:.0f} s at this speed."
+                f"{em}. The task's {read} texts were scored once, in {reading:.1f} s, and the grid's {len(grid)} "
+                f"points evaluated from these scores in {self.grid_seconds - reading:.1f} s. A search that scores "
+                f"again at every point needs {read * len(grid)} passes, {reading * len(grid):.0f} s at this speed."
             )
-        tokens = sum(point.tokens for point in grid)
+        ratio = self.grid_seconds / self.em_seconds if self.em_seconds else math.inf
         return (
-            f"{em}. The grid's {len(grid)} points generated {tokens} tokens in {self.grid_seconds:.0f} s, {ratio:.0f} "
-            "times as long."
+            f"{em}. The grid's {len(grid)} points generated {self.grid_tokens} tokens in {self.grid_seconds:.0f} s, "
+            f"{ratio:.0f} times as long."
         )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig, MemberConfig
     from mixlm.fitting.gate_trainer import GateKind
     from mixlm.fitting.rule_strength import StrengthFit
+    from mixlm.scoring.scores import Scores
 
 
 def fits_rule(config: EnsembleConfig) -> bool:
@@ -102,11 +103,12 @@ def fit_gate(
     if engine.top_k_limit is not None:
         raise full_distribution_error(engine, "a gate of rule defer")
     watching = ensemble.with_router(untrained(ensemble.names, GateInputs(("top_k",), observed, TOP_K)))
-    train, check = (
-        list(score_texts(watching, texts, {}, models, ends=None, system=None).values())
-        for side in (0, 1)
-        for texts in [{name: part[side] for name, part in parts.items() if part[side]}]
-    )
+
+    def scored(side: int) -> list[Scores]:
+        texts = {name: part[side] for name, part in parts.items() if part[side]}
+        return list(score_texts(watching, texts, {}, models, ends=None, system=None).values())
+
+    train, check = scored(0), scored(1)
     with progress_bars() as progress:
         report = None if progress is None else lambda done, _: progress("training the gate", done, done)
         gate = train_deferral(train, kind, price=price, progress=report)

@@ -62,24 +62,21 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}", "give another folder") from error
-    if (difference := _difference(before, now)) is not None:
-        key, old, new = difference
-        raise ConfigError(
-            f"{folder} was begun with {key} = {old}, and this run has {new}",
-            "give another folder, or the settings and questions that this one was begun with",
-        )
+    old, new = _flat(before), _flat(now)
+    for key in old | new:
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{folder} was begun with {key} = {json.dumps(old.get(key))}, and this run has "
+                f"{json.dumps(new.get(key))}",
+                "give another folder, or the settings and questions that this one was begun with",
+            )
 
 
-def _difference(before: Any, now: Any, key: str = "") -> tuple[str, str, str] | None:
-    """Return the first key in which two JSON values differ, with both values."""
-    if isinstance(before, list) and isinstance(now, list):
-        before, now = dict(enumerate(before)), dict(enumerate(now))
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return None if before == now else (key, json.dumps(before), json.dumps(now))
-    for name in [*before, *(name for name in now if name not in before)]:
-        place = f"{key}.{name}" if key else str(name)
-        if name not in before or name not in now:
-            return place, json.dumps(before.get(name)), json.dumps(now.get(name))
-        if (difference := _difference(before[name], now[name], place)) is not None:
-            return difference
-    return None
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Return the values of a JSON value by their keys, with dots between those of different depths."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    parts = [_flat(part, f"{key}.{name}" if key else str(name)) for name, part in value.items()]
+    return {name: leaf for part in parts for name, leaf in part.items()}

@@ -119,7 +119,18 @@ class Gate:
             raise ConfigError(f"its numbers, {numbers.name}, cannot be read: {error.strerror or error}") from error
         except Exception as error:  # safetensors' own
             raise ConfigError(f"its numbers, {numbers.name}, are no safetensors: {error}") from error
-        gate = cls.from_arrays(arrays, members, inputs)
+        if missing := [name for name in _SHAPES if name not in arrays]:
+            raise ConfigError(f"the gate lacks {', '.join(missing)}")
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            gate = cls(**{name: arrays[name].astype(np.float32) for name in _SHAPES})
+        for name, shape in cls.shapes(members, inputs, len(gate.inner_bias)).items():
+            array = getattr(gate, name)
+            if array.shape != shape:
+                raise ConfigError(f"{name} of the gate has the shape {array.shape}, and {shape} is expected")
+            if not np.isfinite(array).all():
+                raise ConfigError(f"{name} of the gate has numbers that are not finite")
+        if not (gate.scale > 0).all():
+            raise ConfigError("scale of the gate has numbers that are not greater than 0")
         if form.get("digest", gate.digest) != gate.digest:
             raise ConfigError(
                 f"its numbers, {numbers.name}, are those of another gate",
@@ -134,23 +145,6 @@ class Gate:
         for _, array in sorted(self.arrays().items()):
             digest.update(array.tobytes())
         return digest.hexdigest()[:16]
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[np.floating]], members: int, inputs: int) -> Gate:
-        """Return the gate of named arrays. Raises ConfigError where they are not those of such a gate."""
-        if missing := [name for name in _SHAPES if name not in arrays]:
-            raise ConfigError(f"the gate lacks {', '.join(missing)}")
-        with np.errstate(over="ignore"):  # what becomes infinite is refused
-            arrays = {name: arrays[name].astype(np.float32) for name in _SHAPES}
-        for name, shape in cls.shapes(members, inputs, len(arrays["inner_bias"])).items():
-            array = arrays[name]
-            if array.shape != shape:
-                raise ConfigError(f"{name} of the gate has the shape {array.shape}, and {shape} is expected")
-            if not np.isfinite(array).all():
-                raise ConfigError(f"{name} of the gate has numbers that are not finite")
-        if not (arrays["scale"] > 0).all():
-            raise ConfigError("scale of the gate has numbers that are not greater than 0")
-        return cls(**arrays)
 
 
 _SHAPES: Mapping[str, tuple[str, ...]] = {

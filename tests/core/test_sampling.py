@@ -49,9 +49,10 @@ class TestAgainstTransformers:
     @pytest.mark.parametrize("value", [0.1, 0.7, 1.0, 2.5])
     def test_temperature(self, value, seed, dtype):
         logits = logits_of(seed=seed, dtype=dtype)
-        np.testing.assert_array_equal(
-            rules.apply_temperature(logits, value), by_transformers(TemperatureLogitsWarper(value), logits)
-        )
+        plain = Sampling(temperature=value, top_k=0, top_p=1.0, min_p=0.0)
+        result = rules.dense_distribution(logits, plain, np.zeros(0, dtype=np.int64))
+        warped = by_transformers(TemperatureLogitsWarper(value), logits)
+        np.testing.assert_allclose(result, rules.softmax(warped), rtol=1e-5)
 
     @pytest.mark.parametrize("values", [[1.5], [-100, 100, 0.25]])
     def test_bias(self, values, seed, dtype):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import OPTIONS, SHARED, engine, make_ensemble, toys
 
+from mixlm.decoding import StrategyContext
 from mixlm.decoding.auto import Auto
 from mixlm.decoding.blocks import join_requests
 from mixlm.decoding.cost_model import (
@@ -175,10 +176,10 @@ def forwards(tokens, count=8):
 
 
 def plan(seconds, agreement):
-    costs = ForwardCostEstimator(lambda: [forwards(second) for second in seconds], [1] * len(seconds))
+    logs, weights = [forwards(second) for second in seconds], np.array([0.5, 0.5])
+    context = StrategyContext(weights, ["small", "large"], [{}] * 2, [1] * 2, lambda: logs)
     acceptance = {name: SpeculationStats(1000, int(1000 * agreement)) for name in ("small", "large")}
-    auto = Auto(costs, ["small", "large"], SpeculationStats(), acceptance)
-    return auto.plan(np.array([0.5, 0.5]))
+    return Auto(context, acceptance).plan(weights)
 
 
 def test_auto_drafts_where_it_pays_and_with_the_cheap_member():

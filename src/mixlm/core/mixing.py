@@ -88,19 +88,16 @@ def mix(components: Sequence[tuple[float, Candidates]]) -> Candidates:
     positive = [(weight, distribution) for weight, distribution in components if weight > 0]
     if len(positive) == 1 and positive[0][0] == 1:
         return positive[0][1]
-    first = positive[0][1].ids
-    if all(np.array_equal(distribution.ids, first) for _, distribution in positive) and (first[1:] > first[:-1]).all():
-        return _mix_common(first, positive)
-    symbols = np.concatenate([distribution.ids for _, distribution in positive])
-    logprobs = np.concatenate([distribution.logprobs + np.log(weight) for weight, distribution in positive])
-    return pool(symbols, logprobs)
-
-
-def _mix_common(symbols: Ids, components: Sequence[tuple[float, Candidates]]) -> Candidates:
-    """Return the weighted sum of distributions over the same symbols, which ascend."""
+    symbols = positive[0][1].ids
+    is_common = all(np.array_equal(distribution.ids, symbols) for _, distribution in positive)
+    if not is_common or not (symbols[1:] > symbols[:-1]).all():
+        symbols = np.concatenate([distribution.ids for _, distribution in positive])
+        return pool(
+            symbols, np.concatenate([distribution.logprobs + np.log(weight) for weight, distribution in positive])
+        )
     logprobs = np.empty(symbols.size)
     for elements in slices(symbols.size):
-        total = sum(weight * np.exp(distribution.logprobs[elements]) for weight, distribution in components)
+        total = sum(weight * np.exp(distribution.logprobs[elements]) for weight, distribution in positive)
         with np.errstate(divide="ignore"):
             np.log(total, out=logprobs[elements])
     possible = logprobs > -np.inf

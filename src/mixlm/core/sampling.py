@@ -83,11 +83,6 @@ def apply_count_penalties(logits: Logits, history: TokenHistory, presence: float
     return out
 
 
-def apply_temperature(logits: Logits, value: float) -> Logits:
-    """Divide the logits by a temperature greater than 0."""
-    return logits / value
-
-
 def apply_top_k(logits: Logits, k: int) -> Logits:
     """Keep the k largest logits, and those equal to the k-th."""
     if k >= logits.size:
@@ -134,8 +129,7 @@ def dense_distribution(
     if history is not None:
         x = apply_repetition_penalty(x, history.seen, sampling.repetition_penalty)
         x = apply_count_penalties(x, history, sampling.presence_penalty, sampling.frequency_penalty)
-    if sampling.temperature != 1:
-        x = apply_temperature(x, sampling.temperature)
+    x = x / sampling.temperature
     if sampling.top_k:
         x = apply_top_k(x, sampling.top_k)
     if sampling.top_p < 1:

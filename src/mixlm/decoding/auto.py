@@ -6,7 +6,7 @@ distribution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
@@ -31,34 +31,23 @@ _MIN_LOOKUP_ACCEPTANCE = 0.25  # from which proposals that cost no forward are w
 
 def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     """Return the strategy; it has no options."""
-    costs = ForwardCostEstimator(context.forwards, context.sizes, context.batch_keys)
-    return Auto(costs, context.names, context.speculation, observed=context.observed)
+    return Auto(context)
 
 
 class Auto:
     """A strategy that picks the draft and the length of each block.
 
     Args:
-        costs: What forwards of each member take.
-        names: The members' names.
-        speculation: Records drafts of all plans.
+        context: The members. Where the router observes one, it runs at every position, so no other member drafts.
         acceptance: What is known of each draft by its name, to begin with.
-        observed: The member that the router observes: it runs at every position, so no other member drafts.
     """
 
-    def __init__(
-        self,
-        costs: ForwardCostEstimator,
-        names: Sequence[str],
-        speculation: SpeculationStats,
-        acceptance: Mapping[str, SpeculationStats] | None = None,
-        observed: int | None = None,
-    ) -> None:
-        self._costs = costs
-        self._names = names
-        self._total = speculation
+    def __init__(self, context: StrategyContext, acceptance: Mapping[str, SpeculationStats] | None = None) -> None:
+        self._costs = ForwardCostEstimator(context.forwards, context.sizes, context.batch_keys)
+        self._names = context.names
+        self._total = context.speculation
         self._by_draft = dict(acceptance or {})
-        self._observed = observed
+        self._observed = context.observed
         self._steps = 0
         self._next_trial = 0
 

@@ -17,11 +17,12 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.sampling import softmax
 from mixlm.engines.base import Engine
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.topk_only import full_distribution_error
 from mixlm.types import Floats, Ids, Logits
-from mixlm.units.byte import ByteState, ByteUnit, PrefixIndex
+from mixlm.units.byte import ByteState, ByteUnit
 from mixlm.units.word import begins_word
 
 SESSIONS = 8  # offsets whose logits are requested in one forward
@@ -53,56 +54,6 @@ class TokenMatches:
         return list(zip(*parts, strict=True))
 
 
-class _MatchTable:
-    """Collects a member's token matches while its logits arrive, offset by offset."""
-
-    def __init__(self, unit: ByteUnit, index: PrefixIndex, data: bytes, progress: Callable[[int], None] | None) -> None:
-        self._index = index
-        self._data = data
-        self._progress = progress
-        symbols = unit.symbols(0)
-        self._sampled = np.flatnonzero(symbols >= 0)
-        self._ranks = index.ranks[symbols[self._sampled]]
-        first_bytes = [index.token_bytes(rank)[:1] for rank in range(len(index) - 1)]
-        # By rank, whether a token begins a word: where whitespace does not, and where it does.
-        self._word_starts = [
-            np.array([*(begins_word(byte, before) for byte in first_bytes), True]) for before in (b"", b"x")
-        ]
-        self._token_ends: list[list[tuple[int, float]]] = [[] for _ in range(len(data) + 1)]
-        self._prefix_masses: list[list[tuple[int, float]]] = [[] for _ in range(len(data) + 1)]
-        self._word_start_mass = np.full(len(data) + 1, np.nan)
-        self._end_mass = np.full(len(data) + 1, np.nan)
-
-    def add(self, offset: int, logits: Logits) -> None:
-        """Add the matches at an offset from the member's logits there, (vocab,)."""
-        values = logits[self._sampled].astype(np.float64)
-        weights = np.exp(values - values.max())
-        masses = np.bincount(self._ranks, weights=weights / weights.sum(), minlength=len(self._index))
-        rest = self._data[offset:]
-        self._token_ends[offset] = [
-            (offset + length, float(masses[rank])) for length, rank in self._index.prefixes_of(rest)
-        ]
-        for length in range(1, len(rest) + 1):
-            start, stop = self._index.with_prefix(rest[:length])
-            if start == stop:
-                break
-            self._prefix_masses[offset].append((offset + length, float(masses[start:stop].sum())))
-        whitespace_starts = begins_word(b" ", self._data[:offset])
-        self._word_start_mass[offset] = masses[self._word_starts[whitespace_starts]].sum()
-        self._end_mass[offset] = masses[-1]
-        if self._progress is not None:
-            self._progress(int(np.isfinite(self._end_mass).sum()))
-
-    def matches(self) -> TokenMatches:
-        """Return the matches at all offsets."""
-        return TokenMatches(_rows(self._token_ends), _rows(self._prefix_masses), self._word_start_mass, self._end_mass)
-
-
-def _rows(matches: Sequence[Sequence[tuple[int, float]]]) -> Floats:
-    rows = [(offset, stop, mass) for offset, entries in enumerate(matches) for stop, mass in entries]
-    return np.array(rows, dtype=np.float64).reshape(-1, 3)
-
-
 def match_tokens(
     engine: Engine, prefix: Ids, data: bytes, progress: Callable[[int], None] | None = None
 ) -> TokenMatches:
@@ -127,7 +78,31 @@ def match_tokens(
     for byte in data:
         state.append(byte)
         prefixes.append(state.ids(0).copy())
-    table = _MatchTable(unit, state.prefix_indexes[0], data, progress)
+    index, symbols = state.prefix_indexes[0], unit.symbols(0)
+    sampled = np.flatnonzero(symbols >= 0)
+    ranks = index.ranks[symbols[sampled]]
+    first_bytes = [index.token_bytes(rank)[:1] for rank in range(len(index) - 1)]
+    # By rank, whether a token begins a word: where whitespace does not, and where it does.
+    word_starts = [np.array([*(begins_word(byte, before) for byte in first_bytes), True]) for before in (b"", b"x")]
+    token_ends: list[tuple[int, int, float]] = []
+    prefix_masses: list[tuple[int, int, float]] = []
+    word_start_mass, end_mass = np.full(len(data) + 1, np.nan), np.full(len(data) + 1, np.nan)
+
+    def add(offset: int, logits: Logits) -> None:
+        """Add the matches at an offset from the member's logits there, (vocab,)."""
+        masses = np.bincount(ranks, weights=softmax(logits[sampled]), minlength=len(index))
+        rest = data[offset:]
+        token_ends.extend((offset, offset + length, float(masses[rank])) for length, rank in index.prefixes_of(rest))
+        for length in range(1, len(rest) + 1):
+            start, stop = index.with_prefix(rest[:length])
+            if start == stop:
+                break
+            prefix_masses.append((offset, offset + length, float(masses[start:stop].sum())))
+        word_start_mass[offset] = masses[word_starts[begins_word(b" ", data[:offset])]].sum()
+        end_mass[offset] = masses[-1]
+        if progress is not None:
+            progress(int(np.isfinite(end_mass).sum()))
+
     whole = prefixes[-1]
     for ids in prefixes:
         engine.vocabulary.check_rows(ids, engine.name)
@@ -138,7 +113,7 @@ def match_tokens(
         [rows] = engine.respond([(session, LogitsRequest(0, whole[: stop - 1], stop - start))])
         for length in range(start, stop):
             if length in boundaries:
-                table.add(boundaries[length], rows[length - start])
+                add(boundaries[length], rows[length - start])
     session.reset()
     inside = [offset for offset in range(len(prefixes)) if offset not in set(boundaries.values())]
     # Each session goes through one stretch of the text, so that little is new to its KV cache at each offset.
@@ -152,8 +127,13 @@ def match_tokens(
         ]
         responses = engine.respond([(session, LogitsRequest(0, prefixes[offset])) for session, offset in batch])
         for (_, offset), rows in zip(batch, responses, strict=True):
-            table.add(offset, rows[0])
-    return table.matches()
+            add(offset, rows[0])
+    return TokenMatches(_table(token_ends), _table(prefix_masses), word_start_mass, end_mass)
+
+
+def _table(rows: list[tuple[int, int, float]]) -> Floats:
+    """Return rows in the order of their offsets, float64 (rows, 3)."""
+    return np.array(sorted(rows), dtype=np.float64).reshape(-1, 3)
 
 
 def byte_logprobs(matches: TokenMatches, *, end: bool = False) -> Floats:

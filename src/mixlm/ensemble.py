@@ -282,10 +282,8 @@ class Ensemble:
 
     def _changed(self, **changes: Any) -> Ensemble:
         """Return an ensemble like this one with other arguments in place of some. The engines are shared."""
-        arguments: dict[str, Any] = {
-            **{"members": self.members, "weights": self.weights.tolist(), "unit": self.unit, "router": self.router},
-            **{"defaults": self.defaults, "grammars": self.grammars},
-        }
+        names = ("members", "weights", "unit", "router", "defaults", "grammars")
+        arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
         return Ensemble(**{**arguments, **changes})
 
     def settings(self, **options: Unpack[Options]) -> GenerationOptions:

@@ -110,8 +110,7 @@ def load(  # noqa: PLR0913 - one option each
         return _engine_of(spec, pairs[spec.model]) if spec.model in pairs else load_engine(spec)
 
     raw |= {name: value for name, value in (("method", method), ("unit", unit)) if value is not None}
-    of_rule = {name: sampling.pop(name, None) for name in RULE_PARAMETERS}
-    parameters = {name: value for name, value in of_rule.items() if value is not None}
+    parameters = {name: value for name in RULE_PARAMETERS if (value := sampling.pop(name, None)) is not None}
     if method is None and not is_average(rule) and raw.get("method") in AVERAGE_METHODS:
         del raw["method"]
     own_rule = None if rule is None or isinstance(rule, str) else rule

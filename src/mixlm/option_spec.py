@@ -64,7 +64,7 @@ class OptionSpec:
                 raise ConfigError(
                     f"{name} is {value!r}; it must be one of {allowed}", did_you_mean(str(value), self.choices)
                 )
-        elif self._is_number and not self._allows(value):
+        elif (self.minimum is not None or self.above is not None) and not self._allows(value):
             shown = _shown(value)
             if self.whole and isinstance(value, int) and value > _MAX_WHOLE:
                 raise ConfigError(f"{name} is {shown}; it must be less than 2**64: a number of 64 bits")
@@ -89,10 +89,6 @@ class OptionSpec:
         """The bounds as keywords of a pydantic `Field`."""
         bounds = {"ge": self.minimum, "gt": self.above, "le": self.maximum}
         return {name: value for name, value in bounds.items() if value is not None}
-
-    @property
-    def _is_number(self) -> bool:
-        return self.minimum is not None or self.above is not None
 
     def _allows(self, value: Any) -> bool:
         if isinstance(value, int | np.integer) and self.whole:

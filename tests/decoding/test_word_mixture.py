@@ -175,7 +175,7 @@ def strategy_distribution(ensemble, options, path, longest: int = MAX_UNVERIFIED
         if probability == 0:
             continue
         data = END if choice.symbol == ensemble.unit.end else ensemble.unit.symbol_bytes(choice.symbol)
-        assert data == END or ensemble.unit.owner(choice.symbol) == choice.member
+        assert data == END or choice.symbol // ensemble.unit.count == choice.member
         distribution[data, choice.member] += probability
     return dict(distribution)
 

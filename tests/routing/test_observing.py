@@ -24,6 +24,8 @@ from mixlm.decoding.auto import Auto
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError, UnsupportedError
+from mixlm.generation.dispatch import Dispatcher
+from mixlm.generation.member import address
 from mixlm.loading import load
 from mixlm.routing import Observation, Observes, PromptContext
 from mixlm.routing.observation import top_tokens
@@ -198,12 +200,7 @@ def test_a_member_that_samples_itself_writes_one_token_a_request():
         waiting = stream.requests()
         requests += [request for request in waiting if request.member == 1]
         if not stream.finished:
-            stream.resume(
-                [
-                    engine_request.engine.respond([(engine_request.session, engine_request.request)])[0]
-                    for engine_request in stream.address(waiting)
-                ]
-            )
+            stream.resume(Dispatcher().respond(address(waiting, stream.members, stream.sessions)))
     assert {type(request).__name__ for request in requests} == {"GenerateRequest"}
     assert {request.max_tokens for request in requests} == {1}
     assert sum(token.member == "m1" for token in stream.completion.tokens) == len(requests)

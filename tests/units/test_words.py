@@ -83,7 +83,7 @@ def test_a_symbol_belongs_to_one_member():
             elif token in vocabulary.special_ids:
                 assert symbol == -1
             else:
-                assert (unit.owner(symbol), unit.symbol_bytes(symbol)) == (member, vocabulary.tokens[token])
+                assert (symbol // unit.count, unit.symbol_bytes(symbol)) == (member, vocabulary.tokens[token])
                 assert seen.setdefault(symbol, (member, vocabulary.tokens[token])) == (member, vocabulary.tokens[token])
 
 

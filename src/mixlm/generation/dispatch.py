@@ -37,24 +37,6 @@ class EngineRequest(NamedTuple):
     request: Request
 
 
-class EngineCall:
-    """A call to one engine that has begun; `responses` can be read when `future` is done."""
-
-    def __init__(self, requests: Sequence[EngineRequest], future: Future[Any]) -> None:
-        self.engine = requests[0].engine
-        self.requests = requests
-        self.future = future
-
-    def responses(self) -> list[Response | MixlmError]:
-        """Return the response or the error of each request."""
-        if not self.engine.asynchronous:
-            return list(self.future.result())
-        try:
-            return [to_response(self.requests[0].request, self.future.result())]
-        except Exception as error:
-            return [to_mixlm_error(error)]
-
-
 class Dispatcher:
     """Sends requests to engines. It starts its threads when engines on several devices are called."""
 
@@ -79,25 +61,35 @@ class Dispatcher:
                 responses[index] = response
         return responses
 
-    def begin(self, requests: Sequence[EngineRequest], *, in_thread: bool) -> EngineCall:
+    def begin(self, requests: Sequence[EngineRequest], *, in_thread: bool) -> Future[Any]:
         """Begin a call to the engine of these requests; one request for an asynchronous engine.
 
-        in_thread: return at once; otherwise the call is over when this returns.
+        `responses_of` reads its result. in_thread: return at once; otherwise the call is over when this returns.
         """
         engine = requests[0].engine
         if engine.asynchronous:
-            return EngineCall(requests, _submit(requests[0]))
+            return _submit(requests[0])
         if in_thread:
-            return EngineCall(requests, self._threads.submit(_respond_each, requests))
+            return self._threads.submit(_respond_each, requests)
         done: Future[list[Response | MixlmError]] = Future()
         done.set_result(_respond_each(requests))
-        return EngineCall(requests, done)
+        return done
 
     @property
     def _threads(self) -> ThreadPoolExecutor:
         # They live as long as the dispatcher: starting them for each token would cost more than they save.
         self._pool = self._pool or ThreadPoolExecutor(_MAX_THREADS)
         return self._pool
+
+
+def responses_of(requests: Sequence[EngineRequest], call: Future[Any]) -> list[Response | MixlmError]:
+    """Return the response or the error of each request of a call that is over."""
+    if not requests[0].engine.asynchronous:
+        return list(call.result())
+    try:
+        return [to_response(requests[0].request, call.result())]
+    except Exception as error:
+        return [to_mixlm_error(error)]
 
 
 class UnexpectedEngineError(EngineError):

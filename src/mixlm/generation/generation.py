@@ -19,7 +19,7 @@ from mixlm.core.rng import Noise
 from mixlm.engines.base import Session
 from mixlm.engines.requests import Request, Response
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError, RequestRefusedError
-from mixlm.generation.dispatch import Dispatcher, EngineRequest, MemberError, RequestFlow, drive
+from mixlm.generation.dispatch import Dispatcher, MemberError, RequestFlow, drive
 from mixlm.generation.member import Member, address
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.sequence import Choice, SequenceState, SpeculationStats, Strategy
@@ -89,8 +89,11 @@ class GenerationContext:
 
     def decode_step(self, sequence: SequenceState, noise: Noise, max_symbols: int = 1) -> list[Choice]:
         """Return the next 1 to `max_symbols` symbols of a sequence, which is not changed."""
-        flow = sequence.decode_step(self.strategy, noise, max_symbols)
-        return drive(flow, lambda requests: self.dispatcher.respond(address(requests, self.members, self.sessions)))
+        return drive(sequence.decode_step(self.strategy, noise, max_symbols), self.respond)
+
+    def respond(self, requests: Sequence[Request]) -> list[Response]:
+        """Return the responses to requests. Raises MemberError for the first engine that failed."""
+        return self.dispatcher.respond(address(requests, self.members, self.sessions))
 
     def start(self, prompt: EncodedPrompt) -> Generation:
         """Return the generation of a completion; it runs when it is iterated over."""
@@ -179,7 +182,7 @@ class Generation(Iterator[Token]):
                     if not self._context.keeps_sessions:
                         self.release()
                     raise StopIteration
-                self.resume(self._context.dispatcher.respond(self.address(requests)))
+                self.resume(self._context.respond(requests))
             except MemberError as error:
                 self.continue_without(error)
         return self.ready.popleft()
@@ -189,10 +192,6 @@ class Generation(Iterator[Token]):
         if self._requests is None and not self.finished:
             self._advance(None)
         return self._requests or []
-
-    def address(self, requests: Sequence[Request]) -> list[EngineRequest]:
-        """Return requests with the engines and sessions that respond to them."""
-        return address(requests, self.members, self.sessions)
 
     def resume(self, responses: list[Response]) -> None:
         """Continue with the responses to `requests`, in their order."""
@@ -310,7 +309,7 @@ class Generation(Iterator[Token]):
                 if options.callable_tools and _CALL_BEGIN in sequence.state.tail(len(_CALL_BEGIN) + len(token.data)):
                     detokenizer.stops = []  # they are for text, and would cut the arguments of a call
                 self._emit(detokenizer.push(token, may_stop=position >= options.min_tokens))
-                if detokenizer.stopped:
+                if detokenizer.found is not None:
                     self._finish_reason, self._stop_string = "stop", detokenizer.found
                     return
             position += len(choices)

@@ -34,7 +34,7 @@ def encode_prompt(
     """Return a prompt in the tokens of each engine, in its chat template unless the options say `raw`.
 
     Raises:
-        ConfigError: The prompt is empty, or not a message.
+        ConfigError: The prompt is empty, or not a message; or no template takes a variable.
         PromptTooLongError: A context has no room for it and one more token.
     """
     _check_type(prompt)
@@ -47,7 +47,17 @@ def encode_prompt(
         if options.system is not None:
             messages.insert(0, Message("system", options.system))
         text = "\n".join(message.content for message in messages)
-        form = _form(options, engines)
+        for name in unknown_template_variables(options.chat_template_kwargs, engines):
+            raise ConfigError(
+                f"chat_template_kwargs has {name!r}, and no member's chat template takes it",
+                "leave it out: it would change nothing",
+            )
+        form = PromptForm(
+            tools=options.callable_tools,
+            variables=options.chat_template_kwargs,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+        )
         encoded = [engine.prompts.chat(messages, form) for engine in engines]
     for engine, name, ids in zip(engines, names, encoded, strict=True):
         if len(ids) == 0:
@@ -65,21 +75,6 @@ def unknown_template_variables(names: Iterable[str], engines: Sequence[Engine]) 
     """Return the names that no member's chat template takes."""
     known = frozenset().union(*(engine.prompts.template_variables for engine in engines)) - RESERVED_VARIABLES
     return [name for name in names if name not in known]
-
-
-def _form(options: GenerationOptions, engines: Sequence[Engine]) -> PromptForm:
-    """Return the form of a prompt. Raises ConfigError for a variable that no template takes."""
-    for name in unknown_template_variables(options.chat_template_kwargs, engines):
-        raise ConfigError(
-            f"chat_template_kwargs has {name!r}, and no member's chat template takes it",
-            "leave it out: it would change nothing",
-        )
-    return PromptForm(
-        tools=options.callable_tools,
-        variables=options.chat_template_kwargs,
-        add_generation_prompt=options.add_generation_prompt,
-        continue_final_message=options.continue_final_message,
-    )
 
 
 def is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:

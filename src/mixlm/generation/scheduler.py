@@ -34,8 +34,9 @@ from mixlm.engines.base import Engine
 from mixlm.engines.requests import GenerateRequest, LogitsRequest, Response, ScoreRequest
 from mixlm.errors import EngineError, MixlmError
 from mixlm.generation.chunks import ChunkSizes
-from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, MemberError, to_mixlm_error
+from mixlm.generation.dispatch import Dispatcher, EngineRequest, MemberError, responses_of, to_mixlm_error
 from mixlm.generation.generation import Generation
+from mixlm.generation.member import address
 from mixlm.types import TopKFilter
 
 _Label = TypeVar("_Label")
@@ -108,7 +109,7 @@ class _Batch(NamedTuple):
 class _Running(NamedTuple):
     queue: _EngineQueue
     batch: _Batch
-    call: EngineCall
+    call: Future[Any]
     start: float
 
 
@@ -214,7 +215,8 @@ class Scheduler:
         for future in self._wait():
             queue, batch, call, start = self._running.pop(future)
             queue.chunks.record(time.perf_counter() - start, batch.prefill_tokens, batch.chunk, alone=batch.alone)
-            for queued, response in zip(batch.requests, call.responses(), strict=True):
+            responses = responses_of([queued.addressed for queued in batch.requests], call)
+            for queued, response in zip(batch.requests, responses, strict=True):
                 if queued.waiting.generation.finished or queued.waiting.void:
                     continue  # failed or cancelled meanwhile
                 if queued.rest is not None and not isinstance(response, MixlmError):
@@ -278,7 +280,7 @@ class Scheduler:
             self._end(generation)
             return
         waiting = _Waiting(generation, [None] * len(requests), len(requests))
-        for place, addressed in enumerate(generation.address(requests)):
+        for place, addressed in enumerate(address(requests, generation.members, generation.sessions)):
             queue = self._queues.setdefault(addressed.engine.batch_key, _EngineQueue(addressed.engine))
             queued = _QueuedRequest(waiting, place, addressed)
             if addressed.engine.asynchronous:
@@ -305,7 +307,7 @@ class Scheduler:
         running = self._running_calls(generation)
         for run in running:
             if run.queue.engine.asynchronous:
-                run.call.future.cancel()
+                run.call.cancel()
         if running:
             self._leaving.append(generation)
         else:
@@ -396,8 +398,8 @@ class Scheduler:
         several_devices = len({queue.engine.device for queue in self._queues.values()}) > 1
         start = time.perf_counter()
         call = self._dispatcher.begin([queued.addressed for queued in batch.requests], in_thread=several_devices)
-        self._running[call.future] = _Running(queue, batch, call, start)
-        call.future.add_done_callback(self._done.put)
+        self._running[call] = _Running(queue, batch, call, start)
+        call.add_done_callback(self._done.put)
 
     def _wait(self) -> list[Future[Any]]:
         """Wait until a call is over; return it, and the others that are by now.

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import top_logprobs
 from mixlm.engines.base import Session
@@ -89,11 +87,6 @@ class DecodeStep:
         if limit is not None and (needed is None or needed.normalized or needed.k > limit):
             return None
         return self.observed.row
-
-    @property
-    def weighted_members(self) -> list[int]:
-        """The members that have weight here."""
-        return [int(i) for i in np.flatnonzero(self.weights > 0)]
 
     def top_logprobs(self, distribution: Candidates) -> TopLogprobs:
         """Return the most likely symbols of a distribution, as many as were requested."""

@@ -47,7 +47,7 @@ class RuleTarget:
             EngineError: A member that has a role is unavailable, or the grammar leaves it no token.
         """
         if self._roles is None:
-            return step.weighted_members
+            return self.rows(step.weights)[0]
         for role, member in zip(self.rule.roles, self._roles, strict=True):
             view = step.views[member]
             if member in step.unavailable or view.stuck:

@@ -36,11 +36,9 @@ def check_alive(engine: Engine) -> Future[bool]:
 
 def _check(engine: Engine, check: Future[bool]) -> None:
     try:
-        is_alive = engine.alive()
+        check.set_result(engine.alive())
     except Exception as error:
         check.set_exception(error)
-    else:
-        check.set_result(is_alive)
     finally:
         with _lock:
             del _checks[engine.batch_key]

@@ -73,7 +73,7 @@ class WordState(PieceState):
     @property
     def owner(self) -> int | None:
         """The member that generated the last symbol; None for an empty text."""
-        return self._word_unit.owner(self._symbols[-1]) if self._symbols else None
+        return self._symbols[-1] // self._word_unit.count if self._symbols else None
 
     def append(self, symbol: int) -> None:
         """Add a symbol's bytes to the text; its member owns the word."""
@@ -106,7 +106,7 @@ class WordState(PieceState):
 
 
 class WordUnit(PieceUnit):
-    """Symbols number the distinct byte strings of all members' tokens, once for each member that may generate them."""
+    """Symbols number the `count` distinct byte strings of all tokens, once for each member that may generate them."""
 
     name = "word"
     traits = UnitTraits(("mixture", "single", "auto"), "word_mixture", full_distributions=False)
@@ -114,11 +114,11 @@ class WordUnit(PieceUnit):
 
     def __init__(self, vocabularies: Sequence[Vocabulary], encoders: Sequence[Encoder]) -> None:
         super().__init__(vocabularies, encoders)
-        self._count = self.end
-        self.end = self._count * len(vocabularies)
+        self.count = self.end
+        self.end = self.count * len(vocabularies)
         for member, symbols in enumerate(self._symbols):
-            ends = symbols == self._count
-            symbols[symbols >= 0] += member * self._count
+            ends = symbols == self.count
+            symbols[symbols >= 0] += member * self.count
             symbols[ends] = self.end
         first_bytes = [piece[0] for piece in self._pieces]
         kinds = [_ALWAYS if b in _UNSPACED else _AFTER_TEXT if b in WHITESPACE else _NEVER for b in first_bytes]
@@ -126,17 +126,13 @@ class WordUnit(PieceUnit):
 
     def symbol_bytes(self, symbol: int) -> bytes:
         """Return the byte string of a symbol."""
-        return super().symbol_bytes(symbol if symbol == self.end else symbol % self._count)
+        return super().symbol_bytes(symbol if symbol == self.end else symbol % self.count)
 
     def without_owner(self, symbols: Ids) -> Ids:
         """Return symbols, int64 (n,), as those of the first member: equal for equal bytes."""
         owned = (symbols >= 0) & (symbols != self.end)
-        numbers: Ids = np.where(owned, symbols % self._count, symbols)
+        numbers: Ids = np.where(owned, symbols % self.count, symbols)
         return numbers
-
-    def owner(self, symbol: int) -> int:
-        """Return the member that a symbol belongs to; the symbol is not end-of-text."""
-        return symbol // self._count
 
     def word_starts(self, symbols: Ids, before: bytes) -> npt.NDArray[np.bool_]:
         """Mark the symbols, (n,), that begin a word after the text `before`; its last byte is enough."""

@@ -20,8 +20,7 @@ import numpy.typing as npt
 
 import mixlm
 from mixlm.ensemble import Ensemble
-from mixlm.scoring.marginal_scores import cached_matches
-from mixlm.scoring.marginals import TokenMatches, byte_logprobs, piece_logprobs, word_logprobs
+from mixlm.scoring.marginals import TokenMatches, byte_logprobs, cached_matches, piece_logprobs, word_logprobs
 from mixlm.scoring.passages import text_prefix
 from mixlm.scoring.score import identity
 from mixlm.tokenization.incremental import utf8_runs

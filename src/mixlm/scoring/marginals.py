@@ -10,7 +10,7 @@ once, each with a KV cache of its own. The weights come in afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -21,6 +21,7 @@ from mixlm.core.sampling import softmax
 from mixlm.engines.base import Engine
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.topk_only import full_distribution_error
+from mixlm.scoring import cache
 from mixlm.types import Floats, Ids, Logits
 from mixlm.units.byte import ByteState, ByteUnit
 from mixlm.units.word import begins_word
@@ -134,6 +135,17 @@ def match_tokens(
 def _table(rows: list[tuple[int, int, float]]) -> Floats:
     """Return rows in the order of their offsets, float64 (rows, 3)."""
     return np.array(sorted(rows), dtype=np.float64).reshape(-1, 3)
+
+
+def cached_matches(
+    engine: Engine, prefix: Ids, data: bytes, model: str | None, progress: Callable[[int], None] | None = None
+) -> TokenMatches:
+    """Return what `match_tokens` does, from the cache where it is known. model: the model's identity, None for none."""
+
+    def match() -> cache.Arrays:
+        return asdict(match_tokens(engine, prefix, data, progress))
+
+    return TokenMatches(**cache.cached(["matches"], engine, model, [prefix.tobytes(), data], match))
 
 
 def byte_logprobs(matches: TokenMatches, *, end: bool = False) -> Floats:

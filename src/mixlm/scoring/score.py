@@ -5,7 +5,7 @@ Members with different vocabularies meet where all of them have a token boundary
 segment; its probability under the mixture is `Σ_i λ_i P_i(segment | before)`, the distribution of one coin a segment.
 That is not the distribution of `piece`, whose probability of a text is a sum over all tokenizations; it shows how the
 members complement each other, for one forward pass a member. In the units `word` and `byte` the probability is that of
-the unit's own distribution, exactly, which takes a forward at each byte (`marginals`, `marginal_scores`).
+the unit's own distribution, exactly, which takes a forward at each byte (`marginals`).
 
 Members are scored without sampling options: the models are measured, not a way to sample from them.
 """
@@ -13,6 +13,7 @@ Members are scored without sampling options: the models are measured, not a way 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +28,10 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import Prompt
 from mixlm.models.resolve import resolve
 from mixlm.routing.base import observed_by
-from mixlm.scoring.marginal_scores import marginal_scores
-from mixlm.scoring.member_scores import EncodedPassage, member_scores, observed_states
+from mixlm.scoring.marginals import TokenMatches, byte_logprobs, cached_matches, word_logprobs
+from mixlm.scoring.member_scores import EncodedPassage, member_scores, observed_states, prompt_bits
 from mixlm.scoring.passages import Before, Passage, answer_passages, bare_passages
-from mixlm.scoring.scores import Scores
+from mixlm.scoring.scores import Scores, concatenate
 from mixlm.terminal import Progress
 from mixlm.tokenization.segments import common_boundaries, encode_exactly, first_tokens
 from mixlm.types import Ids
@@ -144,7 +145,7 @@ def score_passages(
             "use --unit piece, or features of the text alone",
         )
     if not traits.full_distributions and not by_segment:
-        return marginal_scores(ensemble, passages, identities, progress)
+        return _marginal_scores(ensemble, passages, identities, progress)
     # A text that some member cannot read is refused before any member runs.
     encoded = [
         [_encode(member.engine, passage, i) for passage in passages] for i, member in enumerate(ensemble.members)
@@ -164,6 +165,63 @@ def score_passages(
         parts[i] = replace(parts[i], observed=states)
     scores = join_members(ensemble.names, parts, shared_vocabulary=traits.shared_vocabulary)
     return replace(scores, seconds=sum(part.seconds for part in known.values()))
+
+
+def _marginal_scores(
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    identities: Sequence[str | None] | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score passages by the distribution of `word` or `byte`.
+
+    In `byte` a segment is a byte, and the mixture's probability is exact for any weights. In `word` it is a word; two
+    words that a token of some member could lie across are one segment, which depends on the ensemble's weights and so
+    cannot be scored for a router's (`marginals`). Arguments as for `score`; token matches are cached by passage and
+    member.
+
+    Raises:
+        UnsupportedError: An engine does not return every token's probability.
+        PromptTooLongError: A passage does not fit a context.
+    """
+    start = time.perf_counter()
+    total = sum(len(passage.data) + 1 for passage in passages)
+    known: dict[tuple[int, int, bytes], tuple[TokenMatches, float]] = {}
+    table: list[list[tuple[TokenMatches, float]]] = [[] for _ in passages]
+    for i, member in enumerate(ensemble.members):
+        model, done = identities[i] if identities else None, 0
+        for number, passage in enumerate(passages):
+            # Members that share a model score alike, unless their templates differ.
+            prefix = passage.prefixes[i]
+            key = (id(member.engine), number, prefix.tobytes())
+            if key not in known:
+
+                def report(offsets: int, done: int = done, name: str = member.name) -> None:
+                    if progress is not None:
+                        progress(name, done + offsets, total)
+
+                bits = 0.0
+                if passage.prompt:
+                    bits = prompt_bits(member.engine.session().token_logprobs(prefix), passage.prompt)
+                known[key] = cached_matches(member.engine, prefix, passage.data, model, report), bits
+            table[number].append(known[key])
+            done += len(passage.data) + 1
+            if progress is not None:
+                progress(member.name, done, total)
+    parts = [_marginal_passage_scores(ensemble, passage, row) for passage, row in zip(passages, table, strict=True)]
+    return replace(concatenate(parts), seconds=time.perf_counter() - start)
+
+
+def _marginal_passage_scores(ensemble: Ensemble, passage: Passage, row: Sequence[tuple[TokenMatches, float]]) -> Scores:
+    """Return the scores of one passage. row: each member's matches, and bits per byte of the prompt."""
+    matches, bits = zip(*row, strict=True)
+    end = passage.scores_end
+    if ensemble.unit.traits.counts_bytes:
+        starts = np.arange(len(passage.data) + end)
+        logprobs = np.column_stack([byte_logprobs(own, end=end) for own in matches])
+    else:
+        starts, logprobs = word_logprobs(matches, passage.data, ensemble.weights, end=end)
+    return Scores.of_passage(ensemble.names, ensemble.unit.name, passage, starts, logprobs, np.array(bits))
 
 
 def join_members(names: Sequence[str], parts: Sequence[Scores], *, shared_vocabulary: bool = False) -> Scores:

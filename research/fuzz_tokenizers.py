@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from mixlm.errors import TokenizerError
 from mixlm.tokenization.incremental import IncrementalEncoder, TokenizerEncoder
 from mixlm.tokenization.prompt_encoder import PromptEncoder
-from mixlm.tokenization.vocabulary import describe, detect_family, flatten_component, token_bytes
+from mixlm.tokenization.vocabulary import components, detect_family, token_bytes
 from mixlm.types import Message
 
 _MEMORY = 6 << 30  # bytes of address space
@@ -317,7 +317,7 @@ def check(case: Case, rng: Random, texts: int) -> str | None:
     """
     try:
         tokenizer = Tokenizer.from_str(case.tokenizer)
-        family = detect_family(describe(tokenizer), "it")
+        family = detect_family(tokenizer, "it")
         token_bytes(tokenizer, family, "it")
     except TokenizerError as error:
         return error.message
@@ -339,13 +339,10 @@ def check(case: Case, rng: Random, texts: int) -> str | None:
 
 def _reference(case: Case) -> Callable[[str], list[int]]:
     """Return the tokenizer's own encoding of a text that continues a prompt: without the leading space."""
-    state = json.loads(case.tokenizer)
-    steps = [part for part in flatten_component(state["normalizer"], "normalizers") if part["type"] != "Prepend"]
+    state, own = json.loads(case.tokenizer), Tokenizer.from_str(case.tokenizer)
+    steps = [part for part in components(own, "normalizer") if part["type"] != "Prepend"]
     never = {"prepend_scheme": "never", "add_prefix_space": False}
-    splits = [
-        {key: never.get(key, value) for key, value in part.items()}
-        for part in flatten_component(state["pre_tokenizer"], "pretokenizers")
-    ]
+    splits = [{key: never.get(key, value) for key, value in part.items()} for part in components(own, "pre_tokenizer")]
     state["normalizer"] = {"type": "Sequence", "normalizers": steps} if steps else None
     state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splits} if splits else None
     tokenizer = Tokenizer.from_str(json.dumps(state))

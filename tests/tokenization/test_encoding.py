@@ -16,7 +16,7 @@ from mixlm.engines.toy import LongestMatch
 from mixlm.errors import TokenizerError
 from mixlm.tokenization.incremental import Encoded, Encoder, IncrementalEncoder, TokenizerEncoder, utf8_runs
 from mixlm.tokenization.prompt_encoder import PromptEncoder
-from mixlm.tokenization.vocabulary import byte_alphabet, describe, detect_family, encode_text, token_bytes
+from mixlm.tokenization.vocabulary import byte_alphabet, detect_family, encode_text, token_bytes
 
 PROSE = "The old river turns under the bridge, and 12 birds don't mind it. " * 150
 CUTS = st.lists(st.integers(1, 8), max_size=40)
@@ -176,7 +176,7 @@ def test_special_tokens_never_result_from_text(name, text, more):
 @example(data="क\u0959é".encode())
 def test_every_prefix_is_spelled_by_its_tokens_also_inside_a_character(name, data):
     tokenizer = trained(name)
-    tokens, _ = token_bytes(tokenizer, detect_family(describe(tokenizer), name), name)
+    tokens, _ = token_bytes(tokenizer, detect_family(tokenizer, name), name)
     plain = encoder(tokenizer)
     if tokenizer.normalizer is not None and "NFC" in repr(tokenizer.normalizer):
         text = normalizers.NFC().normalize_str(data.decode(errors="ignore"))
@@ -260,7 +260,7 @@ def test_a_tokenizers_leading_space_is_known_and_taken_away(name, rule):
     tokenizer = trained(name)
     plain = encoder(tokenizer)
     assert plain.leading_space == rule
-    tokens, _ = token_bytes(tokenizer, detect_family(describe(tokenizer), name), name)
+    tokens, _ = token_bytes(tokenizer, detect_family(tokenizer, name), name)
     assert tokens[plain.encode(b"river").ids[0]][:1] == b"r"
 
 

@@ -21,7 +21,7 @@ from trained import CORPUS, any_bytes, texts
 from mixlm.engines.tokenizer_setup import load_tokenizer
 from mixlm.tokenization.incremental import IncrementalEncoder, TokenizerEncoder
 from mixlm.tokenization.prompt_encoder import PromptEncoder
-from mixlm.tokenization.vocabulary import TokenizerFamily, describe, detect_family, has_byte_fallback, token_bytes
+from mixlm.tokenization.vocabulary import TokenizerFamily, detect_family, has_byte_fallback, token_bytes
 
 KINDS = [f"{model} {bytes_} {norm}" for model in ("bpe", "unigram") for bytes_ in ("bytes", "unknown")
          for norm in ("identity", "nmt_nfkc")]  # fmt: skip
@@ -70,7 +70,7 @@ def loaded(tmp_path_factory):
             (folder / "tokenizer.model").write_bytes(train(kind, **options))
             (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
             backend = load_tokenizer(str(folder), "bare").backend
-            assert detect_family(describe(backend), "bare") is TokenizerFamily.SENTENCEPIECE
+            assert detect_family(backend, "bare") is TokenizerFamily.SENTENCEPIECE
             tokens, special = token_bytes(backend, TokenizerFamily.SENTENCEPIECE, "bare")
             encoder = TokenizerEncoder(backend, TokenizerFamily.SENTENCEPIECE)
             raw = PromptEncoder(encoder, {}, lambda _: "")

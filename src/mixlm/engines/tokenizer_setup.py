@@ -31,7 +31,6 @@ from mixlm.tokenization.prompt_encoder import PLAIN_STOPS, PLAIN_TEMPLATE, Promp
 from mixlm.tokenization.tokenizer_folder import TOKENIZER_FILE, FolderTokenizer, read_json_object, read_tokenizer
 from mixlm.tokenization.vocabulary import (
     Vocabulary,
-    describe,
     detect_family,
     panics_as_errors,
     token_bytes,
@@ -72,7 +71,7 @@ class TokenizerSetup:
             # As transformers does unless it is asked to: what a training run left in the file is not of the text.
             backend.no_truncation()
             backend.no_padding()
-            self._family = detect_family(describe(backend), name)
+            self._family = detect_family(backend, name)
             special = [*control, *(i for i in ends if looks_like_control(backend.id_to_token(i) or ""))]
             for source_text in (tokenizer.chat_template, template):
                 if source_text is not None:

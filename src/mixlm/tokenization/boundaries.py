@@ -15,7 +15,7 @@ from unicodedata import category
 import numpy as np
 
 from mixlm.tokenization.lookahead import PatternReach, Reach, UnprovableError, escaped
-from mixlm.tokenization.vocabulary import SPACE, describe, encode_text, flatten_component, load_component, token_names
+from mixlm.tokenization.vocabulary import SPACE, components, encode_text, load_component, token_names
 
 # The pattern of ByteLevel, GPT-2's, and that of Whitespace.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -103,9 +103,7 @@ class Boundaries:
 
     def __init__(self, tokenizer: Any, *, byte_level: bool, names: Mapping[int, str] | None = None) -> None:
         self._tokenizer = tokenizer
-        description = describe(tokenizer)
-        normalizers = flatten_component(description["normalizer"], "normalizers")
-        splitters = flatten_component(description["pre_tokenizer"], "pretokenizers")
+        normalizers, splitters = components(tokenizer, "normalizer"), components(tokenizer, "pre_tokenizer")
         added = [token for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
         plain, normalized = ([token for token in added if token.normalized is flag] for flag in (False, True))
         try:

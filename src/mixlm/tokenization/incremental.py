@@ -19,9 +19,8 @@ import numpy as np
 from mixlm.tokenization.vocabulary import (
     TokenizerFamily,
     byte_alphabet,
-    describe,
+    components,
     encode_text,
-    flatten_component,
     load_component,
 )
 
@@ -338,23 +337,23 @@ def _changes(tokenizer: Any) -> list[str]:
     """Return the types of the normalizers that change a text, except SentencePiece's spelling of spaces."""
     return [
         part["type"]
-        for part in flatten_component(describe(tokenizer)["normalizer"], "normalizers")
+        for part in components(tokenizer, "normalizer")
         if part["type"] != "Prepend" and not (part["type"] == "Replace" and part["pattern"].get("String") == " ")
     ]
 
 
 def _take_leading_space(tokenizer: Any) -> LeadingSpace:
     """Stop a tokenizer from adding spaces in front of texts, and return where it did."""
-    from tokenizers import normalizers
+    from tokenizers import normalizers, pre_tokenizers
 
     rule: LeadingSpace = "never"
-    description = describe(tokenizer)
-    parts = flatten_component(description["normalizer"], "normalizers")
+    parts = components(tokenizer, "normalizer")
     remaining = [part for part in parts if part["type"] != "Prepend"]
     if len(remaining) != len(parts):
         rule = "doubled"
         tokenizer.normalizer = normalizers.Sequence([load_component("normalizer", part) for part in remaining])
-    state = json.dumps(description["pre_tokenizer"])
+    splitters = components(tokenizer, "pre_tokenizer")
+    state = json.dumps(splitters)
     for setting, replacement, meaning in (
         ('"prepend_scheme": "always"', '"prepend_scheme": "never"', "always"),
         ('"prepend_scheme": "first"', '"prepend_scheme": "never"', "first"),
@@ -363,8 +362,9 @@ def _take_leading_space(tokenizer: Any) -> LeadingSpace:
         if setting in state:
             rule = cast(LeadingSpace, meaning)
             state = state.replace(setting, replacement)
-    if rule != "never" and description["pre_tokenizer"] is not None:
-        tokenizer.pre_tokenizer = load_component("pre_tokenizer", json.loads(state))
+    if rule != "never" and splitters:
+        parts = [load_component("pre_tokenizer", part) for part in json.loads(state)]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     return rule
 
 

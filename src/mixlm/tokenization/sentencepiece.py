@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mixlm.tokenization.vocabulary import SPACE, describe
+from mixlm.tokenization.vocabulary import SPACE, components
 
 
 def restore_leading_space(tokenizer: Any, file: Path) -> None:
@@ -20,14 +20,14 @@ def restore_leading_space(tokenizer: Any, file: Path) -> None:
     import sentencepiece.sentencepiece_model_pb2 as protobuf
     from tokenizers import normalizers, pre_tokenizers
 
-    description = describe(tokenizer)
-    if r"\\A" in str(description["normalizer"]):
+    if r"\\A" in str(components(tokenizer, "normalizer")):
         # Since transformers 5.24, the conversion without a class adds spaces by expressions and marks.
         parts = [part for part in tokenizer.normalizer if isinstance(part, normalizers.Precompiled)]
         tokenizer.normalizer = normalizers.Sequence([*parts, normalizers.Replace(" ", SPACE)])
         tokenizer.pre_tokenizer = None
-        description = describe(tokenizer)
-    if description["pre_tokenizer"] is not None or '"Prepend"' in str(description["normalizer"]).replace("'", '"'):
+    if tokenizer.pre_tokenizer is not None or any(
+        part["type"] == "Prepend" for part in components(tokenizer, "normalizer")
+    ):
         return
     model: Any = protobuf.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString(file.read_bytes())

@@ -121,28 +121,19 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def flatten_component(component: Any, field: str) -> list[dict[str, Any]]:
-    """Return a described tokenizer component as a flat list: itself, or the parts in `field` when it is a sequence."""
-    if component is None:
-        return []
-    if component.get("type") == "Sequence":
-        return [part for nested in component[field] for part in flatten_component(nested, field)]
-    return [component]
-
-
-def detect_family(description: Mapping[str, Any], name: str) -> TokenizerFamily:
+def detect_family(tokenizer: Any, name: str) -> TokenizerFamily:
     """Return how a tokenizer spells its tokens.
 
     Args:
-        description: The tokenizer's components, as `describe` returns them.
+        tokenizer: A `tokenizers.Tokenizer`.
         name: The model's, for the message.
 
     Raises:
         TokenizerError: The tokenizer is neither byte-level nor SentencePiece.
     """
-    decoders = flatten_component(description.get("decoder"), "decoders")
+    decoders = components(tokenizer, "decoder")
     kinds = {decoder["type"] for decoder in decoders}
-    pre = {part["type"] for part in flatten_component(description.get("pre_tokenizer"), "pretokenizers")}
+    pre = {part["type"] for part in components(tokenizer, "pre_tokenizer")}
     if "ByteLevel" in kinds or (not kinds and "ByteLevel" in pre):
         return TokenizerFamily.BYTE_LEVEL
     spaces = any(d["type"] == "Replace" and d["pattern"].get("String") == SPACE for d in decoders)
@@ -154,13 +145,19 @@ def detect_family(description: Mapping[str, Any], name: str) -> TokenizerFamily:
     )
 
 
-def describe(tokenizer: Any) -> dict[str, Any]:
-    """Return normalizer, pre-tokenizer and decoder of a `tokenizers.Tokenizer` as plain data."""
-    description = {}
-    for name in ("normalizer", "pre_tokenizer", "decoder"):
-        component = getattr(tokenizer, name)
-        description[name] = None if component is None else json.loads(component.__getstate__())
-    return description
+def components(tokenizer: Any, field: str) -> list[dict[str, Any]]:
+    """Return the parts of a component of a `tokenizers.Tokenizer` as plain data: itself, or those of a sequence.
+
+    field: "normalizer", "pre_tokenizer" or "decoder".
+    """
+
+    def parts(component: Mapping[str, Any]) -> list[dict[str, Any]]:
+        if component["type"] != "Sequence":
+            return [dict(component)]
+        return [part for nested in component[f"{field.replace('_', '')}s"] for part in parts(nested)]
+
+    component = getattr(tokenizer, field)
+    return [] if component is None else parts(json.loads(component.__getstate__()))
 
 
 def load_component(field: str, description: Mapping[str, Any]) -> Any:
@@ -211,10 +208,8 @@ def has_byte_fallback(tokenizer: Any) -> bool:
     """
     if getattr(tokenizer.model, "byte_fallback", False):
         return True
-    decoders = flatten_component(describe(tokenizer)["decoder"], "decoders")
-    return type(tokenizer.model).__name__ == "Unigram" and any(
-        decoder["type"] == "ByteFallback" for decoder in decoders
-    )
+    decoders = {decoder["type"] for decoder in components(tokenizer, "decoder")}
+    return type(tokenizer.model).__name__ == "Unigram" and "ByteFallback" in decoders
 
 
 def token_names(tokenizer: Any, vocabulary: Mapping[str, int] | None = None) -> dict[int, str]:
@@ -306,10 +301,8 @@ def _refuse_unreadable(tokenizer: Any, kind: TokenizerFamily, name: str) -> None
                 f"the normalizer of {name}'s tokenizer leaves nothing of the added token {token.content!r}",
                 'give the token "normalized": false',
             )
-    description = describe(tokenizer)
-    parts = flatten_component(description["pre_tokenizer"], "pretokenizers")
-    stages = [*parts, *flatten_component(description["normalizer"], "normalizers")]
-    spelled_as_bytes = any(part["type"] == "ByteLevel" for part in stages)
+    parts = components(tokenizer, "pre_tokenizer")
+    spelled_as_bytes = any(part["type"] == "ByteLevel" for part in [*parts, *components(tokenizer, "normalizer")])
     if spelled_as_bytes is not (kind is TokenizerFamily.BYTE_LEVEL):
         reads, writes = ("bytes", "text") if spelled_as_bytes else ("text", "bytes")
         raise TokenizerError(

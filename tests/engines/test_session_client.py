@@ -81,12 +81,17 @@ def server() -> Iterator[FakeSessionServer]:
     fake.stop()
 
 
+def client_of(server: FakeSessionServer, key: str = KEY) -> Any:
+    limits = ClientLimits(connect=2, response=5)
+    return SimpleNamespace(base_url=server.url, key=key, limits=limits, connections_made=0)
+
+
 def pool_of(server: FakeSessionServer, key: str = KEY, checks: list[int] | None = None) -> SessionPool:
     async def check() -> None:
         if checks is not None:
             checks.append(len(server.connections))
 
-    return SessionPool(server.url, key, ClientLimits(connect=2, response=5), check)
+    return SessionPool(client_of(server, key), check)
 
 
 def test_only_what_is_new_is_sent(server):
@@ -145,7 +150,7 @@ def test_another_model_is_not_continued(server):
         async def check() -> None:
             raise EngineError("has another model now")
 
-        pool = SessionPool(server.url, KEY, ClientLimits(connect=2, response=5), check)
+        pool = SessionPool(client_of(server), check)
         with pytest.raises(EngineError, match="has another model now"):
             await pool.generate(Owner(), np.array([5, 6]), PARAMETERS)
 

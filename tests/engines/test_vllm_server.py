@@ -4,6 +4,7 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,7 +77,8 @@ def test_the_key_holds_for_sessions_too(server):
         pass
 
     for key, expected in ((KEY, True), ("another", False)):
-        assert asyncio.run(SessionPool(server, key, QUICK, check).is_available()) == expected
+        client = SimpleNamespace(base_url=server, key=key, limits=QUICK, connections_made=0)
+        assert asyncio.run(SessionPool(client, check).is_available()) == expected
 
 
 def test_a_connection_that_was_closed_is_opened_again(engine):

@@ -78,7 +78,7 @@ class OpenAIServer(ModelServer):
 
     async def find_missing(self) -> str:
         """Find out what it lacks to sample itself, whether it `masks`, and whether it has the session route."""
-        pool = SessionPool(self.client.base_url, self.client.key, self.client.limits, self._check_new_connection)
+        pool = SessionPool(self.client, self.check)
         self.sessions = pool if await pool.is_available() else None
         self.masks = True
         if await probe_sampling(self._sample, self._top_two):
@@ -115,10 +115,6 @@ class OpenAIServer(ModelServer):
             ids = [int(token) for token in response["ids"]]
             logprobs = (top[str(token)] for token, top in zip(ids, response["logprobs"], strict=True))
             return generated_tokens(ids, logprobs, response.get("cached"))
-
-    async def _check_new_connection(self) -> None:
-        self.client.connections_made += 1
-        await self.check()
 
     def _generation_parameters(self, request: GenerateRequest, ends: Sequence[int]) -> tuple[dict[str, Any], str]:
         """Return the parameters of a request to sample, and the ids that the server masks, as ranges."""

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from mixlm.engines.base import common_prefix
-from mixlm.engines.remote.http_client import ClientLimits
+from mixlm.engines.remote.http_client import HttpClient
 from mixlm.engines.vllm.sampling_params import SESSION_PATH
 from mixlm.errors import EngineError, RequestRefusedError
 from mixlm.types import Ids
@@ -25,38 +25,36 @@ class SessionConnection:
     """One sequence's connection. To be used in the event loop that it was opened in, except for `close`.
 
     Args:
-        base_url: the server's URL, for errors.
+        client: of the server.
         socket: an open connection of `websockets`.
-        seconds: to wait for a response.
     """
 
-    def __init__(self, base_url: str, socket: Any, seconds: float) -> None:
-        self._base_url = base_url
+    def __init__(self, client: HttpClient, socket: Any) -> None:
+        self._base_url, self._seconds = client.base_url, client.limits.response
         self._socket = socket
-        self._seconds = seconds
         self._tokens = TokenBuffer(np.zeros(0, dtype=np.int64))  # of the sequence, as the server has it
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def open(cls, base_url: str, key: str | None, limits: ClientLimits) -> SessionConnection:
+    async def open(cls, client: HttpClient) -> SessionConnection:
         """Connect. Raises EngineError when the server has no such route, or does not answer."""
         from websockets.asyncio.client import connect
         from websockets.exceptions import WebSocketException
 
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             socket = await connect(
-                base_url.replace("http", "ws", 1) + SESSION_PATH,
-                additional_headers=headers,
-                open_timeout=limits.connect,
+                client.base_url.replace("http", "ws", 1) + SESSION_PATH,
+                additional_headers={"Authorization": f"Bearer {client.key}"} if client.key else {},
+                open_timeout=client.limits.connect,
                 compression=None,
                 max_size=None,
                 proxy=None,
                 ping_interval=None,
             )
         except (OSError, WebSocketException) as error:
-            raise EngineError(f"{base_url} does not open a session: {error or type(error).__name__}") from error
-        return cls(base_url, socket, limits.response)
+            raise EngineError(f"{client.base_url} does not open a session: {error or type(error).__name__}") from error
+        client.connections_made += 1
+        return cls(client, socket)
 
     def close(self) -> None:
         """Disconnect, from any thread. Returns at once."""
@@ -103,15 +101,12 @@ class SessionPool:
     """The connections of sequences to one server's session route.
 
     Args:
+        client: of the server.
         check: raises EngineError where the server has another model than it had.
     """
 
-    def __init__(
-        self, base_url: str, key: str | None, limits: ClientLimits, check: Callable[[], Awaitable[None]]
-    ) -> None:
-        self._base_url = base_url
-        self._key = key
-        self._limits = limits
+    def __init__(self, client: HttpClient, check: Callable[[], Awaitable[None]]) -> None:
+        self._client = client
         self._check = check
         self._connections: WeakKeyDictionary[Any, SessionConnection] = WeakKeyDictionary()
 
@@ -120,7 +115,7 @@ class SessionPool:
         if find_spec("websockets") is None:
             return False
         try:
-            (await self._connect()).close()
+            (await SessionConnection.open(self._client)).close()
         except EngineError:
             return False
         return True
@@ -135,7 +130,7 @@ class SessionPool:
                 return await connection.generate(ids, parameters, banned)
             except EngineError:
                 self.release(owner)
-        connection = await self._connect()
+        connection = await SessionConnection.open(self._client)
         try:
             await self._check()
             response = await connection.generate(ids, parameters, banned)
@@ -155,6 +150,3 @@ class SessionPool:
         """Close all connections, from any thread. A sequence that goes on opens a new one."""
         for owner in list(self._connections):
             self.release(owner)
-
-    async def _connect(self) -> SessionConnection:
-        return await SessionConnection.open(self._base_url, self._key, self._limits)

@@ -55,13 +55,12 @@ class FixedShapeSequence:
         values.index_copy_(1, self._positions, value[0])
         heads, count = key.shape[1], query.shape[2]
         groups = query.shape[1] // heads
-        window = form.window
-        if window not in self._masks:
+        if form.window not in self._masks:
             # As numbers: attention would make them of a boolean mask in every layer.
-            mask = causal_mask(self._positions, self._buffer.size, window).repeat(groups, 1)
-            self._masks[window] = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+            mask = causal_mask(self._positions, self._buffer.size, form.window).repeat(groups, 1)
+            self._masks[form.window] = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
         grouped = query.reshape(1, heads, groups * count, -1)
-        attended = form.attend(grouped, keys[None], values[None], self._masks[window])
+        attended = form.attend(grouped, keys[None], values[None], self._masks[form.window])
         return attended.view(1, heads * groups, count, -1).transpose(1, 2)
 
 
@@ -204,9 +203,9 @@ class CudaGraphRunner:
         return logits
 
     def run_token(self, buffer: KVBuffer, token: torch.Tensor, length: int) -> torch.Tensor:
-        """Run one token, int64 (1,) on the device, behind `length` others, which must fit.
+        """Run one token, int64 (1,) on the device, behind `length` others. Returns its logits, (1, vocab).
 
-        Returns its logits, (1, vocab), until the next run. The token counts once a KV cache's length includes it.
+        The token must fit, and counts once a KV cache's length includes it. The logits are valid until the next run.
         """
         forward = self._forward(buffer, 1, 1)
         forward.set_token(token, length)

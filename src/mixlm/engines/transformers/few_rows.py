@@ -46,10 +46,9 @@ def speed_up_linear_layers(model: Any) -> None:
 
 
 def _is_plain(module: Any) -> bool:
-    if type(module) is not torch.nn.Linear or "forward" in vars(module):  # accelerate's hooks replace it
-        return False
-    weight = module.weight
-    if type(weight) is not torch.nn.Parameter:  # of torchao
+    weight = getattr(module, "weight", None)
+    # torchao replaces the weight, accelerate's hooks `forward`.
+    if type(module) is not torch.nn.Linear or type(weight) is not torch.nn.Parameter or "forward" in vars(module):
         return False
     is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
     return is_plain and weight.numel() >= _LEAST_WEIGHTS

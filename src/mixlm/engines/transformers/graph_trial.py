@@ -35,9 +35,9 @@ def fixed_shapes(plain: ModelRunner, *, capture: bool) -> ModelRunner | None:
 
     def trial() -> Iterator[tuple[Logits, Logits]]:
         session = HFSession(fixed)
-        fixed.run([SequenceInput(session, ids[:7], 1)])
+        session.forward(ids[:7], 1)
         for position in range(7, len(ids) - 5):
-            fixed.run([SequenceInput(session, ids[position : position + 1], 1)])
+            session.forward(ids[position : position + 1], 1)
         length = session.cache.length
         for _ in range(3):
             session.cache.length = length

@@ -23,7 +23,6 @@ _MIN_SLOT_TOKENS = max(4096, mmap.PAGESIZE)
 _MAX_IDLE_BYTES = 1 << 30  # of all buffers that are kept for other sequences
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
 
-
 LayerTensors = dict[int, tuple[torch.Tensor, torch.Tensor]]  # keys and values, (KV heads, n, head dimension) each
 
 

@@ -5,8 +5,7 @@ Every way must give what forward passes of whole texts give; `self_test` says ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -100,8 +99,7 @@ class _LoadTrial:
         not_batched = ""
         for path in _LAYERS:
             runner = ModelRunner(self._loaded, path)
-            larger = None if path in _WITHOUT_STATE else partial(self._tolerance_with_state, expected)
-            reason = self._failure(runner, expected, larger)
+            reason = self._failure(runner, expected)
             if reason is None:
                 break
             not_batched = not_batched or reason
@@ -121,8 +119,8 @@ class _LoadTrial:
             runner.path_details["snapshots"] = f"up to {MAX_SNAPSHOTS} of {size:.3g} MiB for each sequence"
         return runner
 
-    def _failure(self, runner: ModelRunner, expected: Logits, larger: Callable[[], float] | None = None) -> str | None:
-        """Return why a path is not right for the model, None if it is. larger: as for `self_test.failure`."""
+    def _failure(self, runner: ModelRunner, expected: Logits) -> str | None:
+        """Return why a path is not right for the model, None if it is."""
         config, path, ids = self._model.config, runner.path, self._ids
         kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
         if untried := kinds - _LAYERS[path]:
@@ -142,8 +140,10 @@ class _LoadTrial:
                 for (_, end, last), output in zip(turn, outputs, strict=True):
                     yield from zip(output, expected[end - last : end], strict=True)
 
-        if not runner.batches:
-            return self_test.failure(trial, self._tolerance, larger)
+        if path not in _WITHOUT_STATE:
+            return self_test.failure(trial, self._tolerance, lambda: self._tolerance_with_state(expected))
+        if path is ForwardPath.CROPPED:
+            return self_test.failure(trial, self._tolerance)
         if not runner.selects_positions:
             return "its forward pass cannot return the logits of some positions alone"
         own_attention = config._attn_implementation

@@ -23,9 +23,7 @@ _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _QUANTIZED_BYTES = {"bitsandbytes-4bit": 0.5625, "bitsandbytes-8bit": 1.0, "torchao-int8": 1.0}
 
 
-def loading_options(
-    spec: EngineSpec, dtype: torch.dtype, device: torch.device, empty: Callable[[], Any]
-) -> dict[str, Any]:
+def loading_options(spec: EngineSpec, dtype: Any, device: Any, empty: Callable[[], Any]) -> dict[str, Any]:
     """Return the keywords of `from_pretrained` that say where and how a member is loaded.
 
     dtype: of the weights that are not quantised. device: where there is no device map. empty: makes the model without

@@ -18,10 +18,7 @@ import torch
 
 
 class PositionFrequencies:
-    """The rotary embeddings of a model whose frequencies depend on the length of a sequence.
-
-    length: of the sequences in the next forward pass, in tokens.
-    """
+    """Rotary embeddings whose frequencies depend on the length of a sequence. length: in the next forward pass."""
 
     def __init__(self, modules: list[Any]) -> None:
         self.length = 1

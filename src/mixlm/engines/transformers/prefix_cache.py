@@ -99,13 +99,12 @@ class PrefixCache:
     def clear(self) -> bool:
         """Forget all texts. Returns whether there were any."""
         with self._lock:
-            had_any = self.nbytes > 0
-            self._clear()
-        return had_any
+            return self._clear()
 
-    def _clear(self) -> None:
+    def _clear(self) -> bool:
+        had_any, self.nbytes = self.nbytes > 0, 0
         self._roots.clear()
-        self.nbytes = 0
+        return had_any
 
     def _path(self, key: Hashable, ids: Ids, has_state: bool) -> list[tuple[_Node, int]]:
         """Return the nodes of the longest prefix that is kept, each with how many of its tokens belong to it."""

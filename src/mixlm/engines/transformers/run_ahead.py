@@ -48,7 +48,6 @@ class DeviceSampler:
         """Return the id that the host will probably sample, int64 (1,), without waiting for the device.
 
         Ids that share their symbol are not pooled, which hardly ever matters.
-
         row: of `DeviceTopK.select` with the filter, (2, count). key: of the position's noise.
         """
         cached = self._hashes.get(top_k_filter)

@@ -17,7 +17,6 @@ temperature = 0.5
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -228,6 +227,8 @@ class EnsembleConfig(_Strict):
 
 def read_config(path: str | Path) -> EnsembleConfig:
     """Read an ensemble file. Raises ConfigError that names the file, the key and the allowed values."""
+    import tomllib
+
     path = Path(path)
     try:
         text = _read(path, str(path), _NO_MODEL, _UTF8 if path.suffix.lower() == ".toml" else _NO_MODEL)

@@ -19,6 +19,7 @@ from toys import (
 )
 
 from mixlm.binding import MemberSpec
+from mixlm.core.combinations.average import Average
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import dense_distribution
 from mixlm.decoding.conventional import conventional
@@ -26,8 +27,8 @@ from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MemoryLimitError, UnsupportedError
-from mixlm.generation.target import average_target
-from mixlm.types import Sampling
+from mixlm.generation.target import RuleTarget, average_target
+from mixlm.types import Candidates, Sampling
 
 PLACES = [(), (b"a",), (b"ab", b" c", b"ab", b"b")]
 
@@ -68,6 +69,17 @@ def test_the_choice_has_the_averages_log_probability_and_names_who_gave_most_of_
         assert choice.member == shares[data][1]
         seen.add(data)
     assert seen == set(shares)
+
+
+def test_a_rule_of_ones_own_that_is_derived_of_the_average_combines_as_it_says():
+    class Upside(Average):
+        def combine(self, probs, weights):
+            return probs[0][::-1]
+
+    part = Candidates(np.array([3, 4]), np.log([0.9, 0.1]))
+    for members in (1, 2):
+        combined = RuleTarget(Upside()).combine(range(members), [part] * members, np.full(members, 1 / members))
+        np.testing.assert_allclose(np.exp(combined.logprobs), [0.1, 0.9])
 
 
 @pytest.mark.parametrize("unit", ["token", "piece"])

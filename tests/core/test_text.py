@@ -24,7 +24,7 @@ def test_tokens_are_shown_as_they_come():
     steps, stream = shown([b"one", b" two"])
     assert steps == [["one"], [" two"]]
     assert stream.flush() == []
-    assert not stream.stopped
+    assert stream.found is None
 
 
 def test_a_character_cut_over_tokens_comes_with_the_token_that_completes_it():
@@ -48,26 +48,26 @@ def test_a_character_still_open_at_the_end_stays_out_of_the_text():
 def test_a_stop_string_inside_a_token_cuts_it():
     steps, stream = shown([b"ab", b"cSTOPd"], ["STOP"])
     assert steps == [["ab"], ["c"]]
-    assert stream.stopped
+    assert stream.found is not None
 
 
 def test_a_stop_string_across_tokens_is_never_shown():
     steps, stream = shown([b"ab\nQue", b"sti", b"on: more"], ["\nQuestion:"])
     assert steps == [[], [], ["ab"]]
-    assert stream.stopped
+    assert stream.found is not None
 
 
 def test_tokens_held_back_are_shown_once_they_cannot_be_the_beginning_of_a_stop_string():
     steps, stream = shown([b"a", b"S", b"T", b"x", b"S"], ["STOP"])
     assert steps == [["a"], [], [], ["S", "T", "x"], []]
     assert [token.text for token in stream.flush()] == ["S"]
-    assert not stream.stopped
+    assert stream.found is None
 
 
 def test_a_stop_string_whose_beginning_repeats_is_found():
     steps, stream = shown([b"a", b"a", b"a", b"b"], ["aab"])
     assert steps == [[], [], ["a"], []]
-    assert stream.stopped
+    assert stream.found is not None
 
 
 def test_the_earliest_of_several_stop_strings_counts():
@@ -78,22 +78,22 @@ def test_the_earliest_of_several_stop_strings_counts():
 def test_a_text_that_begins_with_a_stop_string_is_empty():
     steps, stream = shown([b"ST", b"OP"], ["STOP"])
     assert steps == [[], []]
-    assert stream.stopped
+    assert stream.found is not None
 
 
 def test_a_stop_string_may_begin_where_none_may_end_yet():
     stream = StreamingDetokenizer(["STOP"])
     early = [shown.text for piece in (b"xSTOPy", b"ST") for shown in stream.push(token(piece), may_stop=False)]
     assert early == ["xSTOPy"]
-    assert not stream.stopped
+    assert stream.found is None
     assert stream.push(token(b"OP")) == []
-    assert stream.stopped
+    assert stream.found is not None
 
 
 def test_empty_stop_strings_stop_nothing():
     steps, stream = shown([b"abc"], ["", ""])
     assert steps == [["abc"]]
-    assert not stream.stopped
+    assert stream.found is None
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,12 @@ def test_joined_text_is_the_text_before_the_first_stop_string(pieces, cuts, stop
     stream, tokens = StreamingDetokenizer(stops), []
     for piece in pieces:
         tokens += stream.push(token(piece))
-        if stream.stopped:
+        if stream.found is not None:
             break
     else:
         tokens += stream.flush()
     text, stopped = reference(pieces, stops)
     assert "".join(token.text for token in tokens) == text
-    assert stream.stopped is stopped
+    assert (stream.found is not None) is stopped
     if not stopped:
         assert b"".join(token.data for token in tokens) == data

@@ -31,11 +31,6 @@ class StreamingDetokenizer:
         self._states: list[tuple[bytes, int]] = []  # of the decoder before each of them
         self.found: str | None = None
 
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string was found."""
-        return self.found is not None
-
     def push(self, token: Token, *, may_stop: bool = True) -> list[Token]:
         """Add a token, whose `text` is not filled in yet, and return the tokens that can be shown now.
 

@@ -96,14 +96,14 @@ class EngineThread(threading.Thread):
     """
 
     def __init__(self, create: Callable[[], VllmBackend]) -> None:
-        super().__init__(name="mixlm-vllm", daemon=True)
-        self._create = create
-        self._ready: Future[Any] = Future()  # vLLM's configuration
+        ready: Future[Any] = Future()
+        # The thread forgets its arguments when it ends: what `create` refers to may keep the backend.
+        super().__init__(target=self._own, args=(create, ready), name="mixlm-vllm", daemon=True)
         self._inbox: queue.SimpleQueue[_Submitted | None] = queue.SimpleQueue()
         self._waiting: dict[str, Future[VllmOutput]] = {}
         self._failure: str | None = None
         self.start()
-        self.config = self._ready.result()
+        self.config = ready.result()
 
     @property
     def alive(self) -> bool:
@@ -129,14 +129,14 @@ class EngineThread(threading.Thread):
         """Stop the thread. Requests that are not finished fail."""
         self._inbox.put(None)
 
-    def run(self) -> None:
-        """Serve requests until it is closed or the backend fails: what the thread does."""
+    def _own(self, create: Callable[[], VllmBackend], ready: Future[Any]) -> None:
+        """Create the backend, and serve requests until the thread is closed or the backend fails."""
         try:
-            backend = self._create()
+            backend = create()
         except BaseException as error:
-            self._ready.set_exception(error)
+            ready.set_exception(error)
             return
-        self._ready.set_result(backend.config)
+        ready.set_result(backend.config)
         try:
             self._serve(backend)
         except BaseException as error:

@@ -51,3 +51,13 @@ def test_of_two_members_none_can_be_dropped_and_costs_are_measured() -> None:
     assert report.worth_dropping is None
     assert report.cost is not None
     assert report.cost > 0
+
+
+def test_where_no_member_can_be_left_out_none_is_least_useful() -> None:
+    rare = np.full((60, 3), -1.0)
+    for place in (5, 6, 7, 35, 36, 37):  # that one member alone can write, in both halves
+        rare[place, [i for i in range(3) if i != place % 3]] = -np.inf
+    report = measure_gain(make_ensemble([engine(seed=i) for i in range(3)]), replace(made(rare), text=b"ab ca" * 80))
+    assert [member.without for member in report.members] == [None, None, None]
+    assert report.least_useful is None
+    assert report.worth_dropping is None

@@ -29,9 +29,10 @@ from mixlm.scoring.scores import Scores
 
 
 @pytest.fixture(autouse=True)
-def one_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer trials than a user's."""
     monkeypatch.setattr(gate_trainer, "PENALTIES", (5e-3,))
+    monkeypatch.setattr(gate_trainer, "DECAYS", (0.0,))
 
 
 def random_gate(width: int = 0, seed: int = 0) -> Gate:

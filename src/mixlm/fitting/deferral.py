@@ -92,7 +92,7 @@ class DeferralScores:
             raise ConfigError("no member can write some token of the text, so no gate makes it likely", "leave it out")
         likelihood, probabilities = np.exp(self.logprobs - top[:, None]), np.exp(self.likely)
 
-        def loss(shares: Floats, items: slice) -> tuple[float, Floats]:
+        def loss(shares: Floats, items: slice | Ids) -> tuple[float, Floats]:
             a, q, place = shares[..., 0], probabilities[items], self.place[items]
             first, second = likelihood[items].T
             tokens, among = np.arange(len(a)), place >= 0

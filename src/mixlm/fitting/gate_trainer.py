@@ -1,14 +1,16 @@
-"""Training of a gate, whatever it decides: the loss of all items, minimised by L-BFGS (Liu and Nocedal, 1989).
+"""Training of a gate, whatever it decides.
 
-How much its coefficients are penalised, and how many iterations it takes, is chosen on items that the gate has not
-seen; then it is trained on all of them.
+A linear gate of few inputs is trained on all items at once, by L-BFGS (Liu and Nocedal, 1989). Of many inputs, or with
+an inner layer, small steps generalise better: mini-batches by Adam (Kingma and Ba, 2015) with decoupled weight decay
+(Loshchilov and Hutter, 2019). How much its coefficients are held down, and how many steps it takes, is chosen on items
+that the gate has not seen; then it is trained on all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,17 +18,29 @@ from mixlm.core.sampling import softmax
 from mixlm.errors import ConfigError
 from mixlm.routing.gate import Array, Gate
 from mixlm.scoring.scores import Scores, concatenate, split_holdout
-from mixlm.types import Floats
+from mixlm.types import Floats, Ids
 
 GateKind = Literal["linear", "mlp"]
 WIDTH = 64  # of the inner layer
-PENALTIES = (5e-4, 5e-3, 5e-2)  # nats an item, times the squares of the coefficients; the inner layer has none
+PENALTIES = (5e-4, 5e-3, 5e-2)  # of L-BFGS: nats an item, times the squares of the coefficients
+DECAYS = (0.0, 3.0, 30.0)  # of Adam: weight decay of a step, in units of the learning rate
+_FEW = 128  # inputs
 _ITERATIONS = 200
-_PATIENCE = 5  # iterations without a gain on the items that are held out
+_EPOCHS = 40
+_PATIENCE = 5  # iterations or epochs without a gain on the items that are held out
+# Learning rates, over the root of the number of inputs: Adam moves every coefficient by about as much in a step, those
+# of inputs that say nothing too, and with many of them larger steps fit noise before they fit anything else.
+_RATES = {"linear": 3e-3, "mlp": 2e-3}
+_BATCH = 256  # items
+_MIN_STEPS = 64  # of an epoch: of few items it goes through them several times
 _LEAST_SCALE = 0.05  # added to an input's standard deviation: one that hardly varies would be magnified
 _VALIDATION = 0.25  # of each text
 _MIN_SEGMENTS = 16
 _ITEMS = 8192  # whose inner layer is in memory at once
+
+
+ARRAYS = ("linear", "bias", "inner", "inner_bias", "outer")  # of a gate, that training changes
+Loss = Callable[[Floats, slice | Ids], tuple[float, Floats]]
 
 
 class Objective(NamedTuple):
@@ -34,12 +48,12 @@ class Objective(NamedTuple):
 
     Attributes:
         inputs: Of each item, float32 (items, …, inputs).
-        loss: Returns the losses of a slice of the items in nats, together, and their gradient with respect to the
-            gate's scores; from the gate's weights for them, float64 (items, …, members), and the slice.
+        loss: Returns the losses of some of the items in nats, together, and their gradient with respect to the
+            gate's scores; from the gate's weights for them, float64 (items, …, members), and which they are.
     """
 
     inputs: Array
-    loss: Callable[[Floats, slice], tuple[float, Floats]]
+    loss: Loss
 
 
 def train_with_validation(
@@ -51,7 +65,7 @@ def train_with_validation(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gate:
-    """Return a gate with the penalty and the iterations that are best for what is held out, trained on all of it.
+    """Return a gate with the penalty and the steps that are best for what is held out, trained on all of it.
 
     Args:
         scores: Texts scored by the same members; the last quarter of each is held out first.
@@ -69,15 +83,29 @@ def train_with_validation(
     if sum(len(part.ends) for part, _ in parts) < _MIN_SEGMENTS:
         raise ConfigError("there is too little text to train a gate", "give texts of a few kilobytes, better of many")
     train, check = (objective(concatenate(side)) for side in zip(*parts, strict=True))
+    few = kind == "linear" and train.inputs.shape[-1] <= _FEW
+    fit, penalties, steps = (_by_lbfgs, PENALTIES, _ITERATIONS) if few else (_by_adam, DECAYS, _EPOCHS)
     trials: list[tuple[float, float, int]] = []
-    for penalty in PENALTIES:
-        least, iterations = _trial(train, check, _untrained(train, weights, kind, seed), penalty)
-        trials.append((least, penalty, iterations))
+    for penalty in penalties:
+        losses = _watched(fit, train, check, _untrained(train, weights, kind, seed), penalty, steps)
+        trials.append((min(losses), penalty, int(np.argmin(losses))))
         if progress is not None:
-            progress(len(trials), len(PENALTIES) + 1)
-    _, penalty, iterations = min(trials)
+            progress(len(trials), len(penalties) + 1)
+    _, penalty, steps = min(trials)
     gate = _untrained(whole, weights, kind, seed)
-    return _minimised(whole, gate, penalty, iterations) if iterations else gate
+    return fit(whole, gate, penalty, steps) if steps else gate
+
+
+class _Fit(Protocol):
+    def __call__(
+        self,
+        objective: Objective,
+        gate: Gate,
+        penalty: float,
+        steps: int,
+        watch: Callable[[Gate], None] | None = None,
+        /,
+    ) -> Gate: ...
 
 
 def _untrained(objective: Objective, weights: Floats, kind: GateKind, seed: int) -> Gate:
@@ -97,50 +125,84 @@ def _untrained(objective: Objective, weights: Floats, kind: GateKind, seed: int)
     )
 
 
-def _trial(train: Objective, check: Objective, gate: Gate, penalty: float) -> tuple[float, int]:
-    """Train until what is held out no longer gains. Returns its least loss, and after how many iterations."""
+def _watched(fit: _Fit, train: Objective, check: Objective, gate: Gate, penalty: float, steps: int) -> list[float]:
+    """Train until what is held out no longer gains. Returns its loss before and after each step."""
     inputs = gate.standardised(check.inputs)
     losses = [gradients(gate, inputs, check.loss)[0]]
 
-    def watch(now: Gate) -> None:
-        losses.append(gradients(now, inputs, check.loss)[0])
+    def watch(trained: Gate) -> None:
+        losses.append(gradients(trained, inputs, check.loss)[0])
         if len(losses) - int(np.argmin(losses)) > _PATIENCE:
             raise StopIteration
 
-    _minimised(train, gate, penalty, _ITERATIONS, watch)
-    return min(losses), int(np.argmin(losses))
+    fit(train, gate, penalty, steps, watch)
+    return losses
 
 
-def _minimised(
+def _by_lbfgs(
     objective: Objective, gate: Gate, penalty: float, iterations: int, watch: Callable[[Gate], None] | None = None
 ) -> Gate:
-    """Return a gate trained further. watch: called with the gate after each iteration; StopIteration ends it."""
+    """Return a linear gate trained further. watch: called with the gate after each iteration; StopIteration ends it."""
     from scipy.optimize import minimize
 
-    x = gate.standardised(objective.inputs)
-    names = [name for name in ("linear", "bias", "inner", "inner_bias", "outer") if getattr(gate, name).size]
-    arrays = [getattr(gate, name) for name in names]
-    cuts = np.cumsum([array.size for array in arrays])[:-1]
-    penalties = np.repeat([penalty * (name in ("linear", "outer")) for name in names], [a.size for a in arrays])
+    x, size = gate.standardised(objective.inputs), gate.linear.size
 
-    def at(flat: Floats) -> Gate:
-        parts = zip(names, arrays, np.split(flat, cuts), strict=True)
-        return replace(gate, **{name: part.reshape(array.shape).astype(np.float32) for name, array, part in parts})
+    def trained(flat: Floats) -> Gate:
+        linear, bias = np.split(flat.astype(np.float32), [size])
+        return replace(gate, linear=linear.reshape(gate.linear.shape), bias=bias)
 
     def loss(flat: Floats) -> tuple[float, Floats]:
-        value, slopes = gradients(at(flat), x, objective.loss)
-        slope = np.concatenate([slopes[name].ravel() for name in names])
-        return value + float((penalties * flat**2).sum()), slope + 2 * penalties * flat
+        value, slopes = gradients(trained(flat), x, objective.loss)
+        slope = np.concatenate([slopes["linear"].ravel(), slopes["bias"]])
+        slope[:size] += 2 * penalty * flat[:size]
+        return value + penalty * float(flat[:size] @ flat[:size]), slope
 
-    start = np.concatenate([array.ravel() for array in arrays]).astype(np.float64)
-    callback = None if watch is None else lambda flat: watch(at(flat))
-    optimum = minimize(loss, start, jac=True, method="L-BFGS-B", callback=callback, options={"maxiter": iterations})
-    return at(optimum.x)
+    start = np.concatenate([gate.linear.ravel(), gate.bias]).astype(np.float64)
+    callback = None if watch is None else lambda flat: watch(trained(flat))
+    return trained(
+        minimize(loss, start, jac=True, method="L-BFGS-B", callback=callback, options={"maxiter": iterations}).x
+    )
 
 
-def gradients(
-    gate: Gate, inputs: Array, loss: Callable[[Floats, slice], tuple[float, Floats]]
-) -> tuple[float, dict[str, Floats]]:
+def _by_adam(
+    objective: Objective, gate: Gate, decay: float, epochs: int, watch: Callable[[Gate], None] | None = None
+) -> Gate:
+    """Return a gate trained further. watch: called with the gate after each epoch; StopIteration ends it."""
+    x, rng = gate.standardised(objective.inputs), np.random.default_rng(0)
+    rate = _RATES["mlp" if gate.outer.size else "linear"] / float(np.sqrt(x.shape[-1]))
+    names = [name for name in ARRAYS if getattr(gate, name).size]
+    moments = {name: np.zeros((2, *getattr(gate, name).shape), dtype=np.float32) for name in names}
+    passes, steps = -(-_MIN_STEPS * _BATCH // max(len(x), _BATCH)), 0
+    for _ in range(epochs):
+        for batch in _batches(len(x), passes, rng):
+            _, slopes = gradients(gate, x[batch], lambda shares, items: objective.loss(shares, batch[items]))  # noqa: B023
+            steps += 1
+            changed = {}
+            for name, moment in moments.items():
+                slope, value = slopes[name], getattr(gate, name)
+                moment[0] += 0.1 * (slope - moment[0])
+                moment[1] += 0.001 * (slope * slope - moment[1])
+                step = moment[0] / (1 - 0.9**steps) / (np.sqrt(moment[1] / (1 - 0.999**steps)) + 1e-8)
+                if not name.endswith("bias"):
+                    step += decay * value
+                changed[name] = (value - rate * step).astype(np.float32)
+            gate = replace(gate, **changed)
+        if watch is not None:
+            try:
+                watch(gate)
+            except StopIteration:
+                break
+    return gate
+
+
+def _batches(count: int, passes: int, rng: np.random.Generator) -> Iterator[Ids]:
+    """Yield the items in batches, in a new order each pass."""
+    for _ in range(passes):
+        order = rng.permutation(count)
+        yield from (order[start : start + _BATCH] for start in range(0, count, _BATCH))
+
+
+def gradients(gate: Gate, inputs: Array, loss: Loss) -> tuple[float, dict[str, Floats]]:
     """Return the loss of an item in nats, averaged over all of them, and its gradient with respect to each array.
 
     Args:
@@ -149,7 +211,7 @@ def gradients(
         loss: As in `Objective`.
     """
     total = 0.0
-    sums = {name: np.zeros(getattr(gate, name).shape) for name in ("linear", "bias", "inner", "inner_bias", "outer")}
+    sums = {name: np.zeros(getattr(gate, name).shape) for name in ARRAYS}
     for start in range(0, len(inputs), _ITEMS):
         items = slice(start, start + _ITEMS)
         x = inputs[items].reshape(-1, inputs.shape[-1])

@@ -19,7 +19,7 @@ from mixlm.routing.base import TOP_K
 from mixlm.routing.gate import Array, Gate
 from mixlm.routing.gate_router import GROUPS, GateInputs, GateRouter, LearnedRouter
 from mixlm.scoring.scores import Scores, concatenate, context_features
-from mixlm.types import Floats
+from mixlm.types import Floats, Ids
 
 
 def choose_inputs(ensemble: Ensemble, groups: Sequence[str], observe: str | None = None) -> GateInputs:
@@ -118,7 +118,7 @@ def train_gate_on_inputs(
     return train_with_validation(scores, objective, weights, kind, seed=seed, progress=progress)
 
 
-def mixture_loss(likelihood: Floats, prices: Floats, weights: Floats, items: slice) -> tuple[float, Floats]:
+def mixture_loss(likelihood: Floats, prices: Floats, weights: Floats, items: slice | Ids) -> tuple[float, Floats]:
     """Return the sum of `-log Σ_i w_i P_i + Σ_i w_i c_i` over segments, and its gradient with respect to gate's scores.
 
     Args:

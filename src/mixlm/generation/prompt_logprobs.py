@@ -118,10 +118,10 @@ def prompt_tokens(
     for i, part in scored.items():
         if i in by_engine:
             continue
-        here = observes if observes is not None and observes.member == i else None
+        observation = observes if observes is not None and observes.member == i else None
         symbols = unit.without_owner(members[i].symbols) if count else None
-        take = _keep(part, {*firsts[i]}, symbols, here)
-        hidden = here is not None and here.hidden
+        take = _keep(part, {*firsts[i]}, symbols, observation)
+        hidden = observation is not None and observation.hidden
         part.logprobs[part.unpreceded :] = yield from _read(
             i, sessions[i], part.ids, part.first + part.unpreceded, take, hidden=hidden
         )

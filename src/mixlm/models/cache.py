@@ -17,11 +17,12 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixlm.errors import ModelLoadError, ModelNotFoundError, did_you_mean
-from mixlm.resumable_log import exclusive
-from mixlm.terminal import ProgressDisplay
+
+if TYPE_CHECKING:
+    from mixlm.terminal import ProgressDisplay
 
 INFO_FILE = "mixlm.json"
 GGUF_FILE = "model.gguf"  # the fetched file, in the folder of the model made from it
@@ -251,6 +252,8 @@ def _report_os_errors() -> Iterator[None]:
 
 def locked(name: str, display: ProgressDisplay) -> AbstractContextManager[None]:
     """Hold the lock of one model."""
+    from mixlm.resumable_log import exclusive
+
     locks = cache_root() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     waiting = display.stage(f"{name}: waiting for another process that is building it")

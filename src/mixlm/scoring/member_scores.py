@@ -126,7 +126,7 @@ def passage_states(
         states = [None] * count if hidden is None else hidden[-count:].copy()
         seen = [observation(row, observes, state) for row, state in zip(rows, states, strict=True)]
         observations += seen
-        likely = np.array([one.ids for one in seen])
+        likely = np.array([observed.ids for observed in seen])
         logits = np.where(likely < 0, -np.inf, np.take_along_axis(rows, np.maximum(likely, 0), axis=1))
         masses.append(np.exp(logits - session.log_normalizers(rows)[:, None]).sum(axis=1))
     states_of_all = ObservedStates.of(name, observations)

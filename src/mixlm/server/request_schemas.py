@@ -112,7 +112,7 @@ class StrictBody(BaseModel):
         for name, (allowed, why) in cls.neutral.items():
             # Equal values of another type, as 1 and True are, mean something else.
             value = fields.get(name)
-            if value is not None and (type(value), value) not in [(type(one), one) for one in allowed]:
+            if value is not None and (type(value), value) not in [(type(default), default) for default in allowed]:
                 raise unsupported_field(name, why)
         known = _known_fields(cls)
         return {

@@ -36,7 +36,7 @@ class EnsembleUsage(TypedDict):
     accepted: int
 
 
-class Usage(TypedDict):
+class CompletionUsage(TypedDict):
     """Numbers of tokens. Those of a prompt are counted by the member that has the most.
 
     prompt_tokens_details: cached_tokens, of prompts, that were found in a prefix cache.
@@ -61,7 +61,7 @@ class ChoiceExtras(TypedDict):
     seed: NotRequired[int]
 
 
-class TopLogprob(TypedDict):
+class LikelyToken(TypedDict):
     """One of the most likely tokens at a position. End-of-text has no bytes."""
 
     token: str
@@ -69,10 +69,10 @@ class TopLogprob(TypedDict):
     bytes: list[int] | None
 
 
-class TokenLogprob(TopLogprob):
+class TokenLogprob(LikelyToken):
     """A sampled token, with its natural log-probability under the distribution it was sampled from."""
 
-    top_logprobs: list[TopLogprob]
+    top_logprobs: list[LikelyToken]
 
 
 class ChatLogprobs(TypedDict):
@@ -137,7 +137,7 @@ class ChatCompletion(_Completion):
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
-    usage: Usage
+    usage: CompletionUsage
 
 
 class TextCompletion(_Completion):
@@ -145,7 +145,7 @@ class TextCompletion(_Completion):
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
-    usage: NotRequired[Usage | None]
+    usage: NotRequired[CompletionUsage | None]
 
 
 class ModelMember(TypedDict):

@@ -165,9 +165,9 @@ class PatternReach(Reach):
 
     def _counted(self, fragment: _Fragment, start: int, folds: bool) -> _Fragment:
         """Read how often an atom stands, which begins at a token; it is read again for each time."""
-        least, comma, most = self._tokens[self._at][1:-1].partition(",")
+        least, comma, greatest = self._tokens[self._at][1:-1].partition(",")
         low, resume = int(least or 0), self._at + 1
-        high = int(most) if most else None if comma else low
+        high = int(greatest) if greatest else None if comma else low
         if high is not None and high < low:
             raise UnprovableError
         copies = [fragment]

@@ -174,7 +174,7 @@ def _start_server(spec: EngineSpec, path: Path, context: int, exact: bool) -> An
     params.model.path = str(path)
     params.n_parallel = spec.slots
     params.n_ctx = context * spec.slots
-    threads = len(os.sched_getaffinity(0))
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.cpuparams.poll = params.cpuparams_batch.poll = 0
     params.verbosity = -1

@@ -328,6 +328,8 @@ LOOKING_AHEAD = {
     "word edges": (r"\bthe\b|\d+", "contiguous"),
     "again": (r"(.)\1", "isolated"),
     "counted twice": ("tha?{2}er|.", "isolated"),
+    "bracket in a class": ("[^]a]+", "isolated"),
+    "bracket alone in a class": (r"[^]]+|\]", "isolated"),
     "folding": (r"(?i:st|ss)|\p{L}", "isolated"),
     "lines": (r"[^\n]+|\n+", "isolated"),
 }
@@ -366,9 +368,19 @@ def test_where_a_pattern_stops_looking_ahead_text_is_stable(name):
     assert encoder(_looking_ahead(name)).encode(data).stable_bytes >= 12
 
 
-@pytest.mark.parametrize("name", ["whole text", "behind", "word edges", "again", "counted twice"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("whole text", "behind", "word edges", "again", "counted twice"),
+        *("bracket in a class", "bracket alone in a class"),
+    ],
+)
 def test_where_nothing_can_be_proven_nothing_is_stable(name):
     assert encoder(_looking_ahead(name)).encode(b"abc 12 def\n\nthe end, 12.").stable_bytes == 0
+
+
+def test_a_normalizer_of_single_characters_leaves_the_last_word_stable():
+    assert encoder(trained("gemma")).encode(b".\t").stable_bytes == 1
 
 
 def test_a_long_text_is_encoded_so_that_other_threads_go_on():

@@ -29,11 +29,15 @@ _PREPENDED = frozenset("\u0d4e\U000111c2\U000111c3\U0001193f\U00011941\U00011a3a
 }
 
 
-class _Counting(Reach):
-    """What it does depends on all that came before: nothing may be cut off."""
+class _OneByOne(Reach):
+    """Changes each character by itself."""
 
     def limit(self, text: str, end: int) -> int:
         return end
+
+
+class _Counting(_OneByOne):
+    """What it does depends on all that came before: nothing may be cut off."""
 
     def joins(self, left: str, right: str) -> bool:
         return True
@@ -234,7 +238,7 @@ def _pairs(tokenizer: Any, names: Mapping[int, str] | None) -> set[int] | None:
 def _normalizer_reach(part: Mapping[str, Any]) -> Reach:
     kind = part["type"]
     if kind in _ONE_BY_ONE:
-        return Reach()
+        return _OneByOne()
     if kind in _UNICODE_FORMS or kind == "BertNormalizer":
         return _UnicodeForm()
     if kind == "Precompiled":
@@ -243,7 +247,7 @@ def _normalizer_reach(part: Mapping[str, Any]) -> Reach:
         return _Strip()
     if kind == "Replace":
         if len(part["pattern"].get("String", "")) == 1:
-            return Reach()
+            return _OneByOne()
         reach = _pattern_reach(part["pattern"])
         if not reach.nullable:
             return reach

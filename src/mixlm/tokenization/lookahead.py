@@ -19,7 +19,7 @@ _MOST_POSITIONS = 600
 _ESCAPE = r"\\(?:[pPxu]\{[^}]*\}|x..|u....|[sSdDwWhHrntfvea]|[\W_])"
 _CLASS = "(?!)"
 for _ in range(4):  # classes stand in classes
-    _CLASS = rf"\[\^?(?!\])(?:{_ESCAPE}|\[:.*?:\]|{_CLASS}|[^\[\]\\])+\]"
+    _CLASS = rf"\[\^?+(?!\])(?:{_ESCAPE}|\[:.*?:\]|{_CLASS}|[^\[\]\\])+\]"
 _GROUP = r"\((?![?*])|\(\?(?:[=!>]|<(?![=!])[^>]*>|[i-]*:|[i-]+\))"
 _TOKEN = re.compile(rf"{_GROUP}|{_CLASS}|{_ESCAPE}|\\z|\{{(?:\d+,?\d*|,\d+)\}}|[^\\\[({{^]", re.DOTALL)
 

@@ -107,7 +107,8 @@ def exclusive(path: Path, waiting: AbstractContextManager[Any] | None = None) ->
     with path.open("a") as file:
         if not lock_descriptor(file.fileno(), blocking=False):
             if waiting is None:
-                raise ConfigError(f"{path} is being written by another mixlm", "wait for it, or name another place")
+                place = str(path).removesuffix(".lock")
+                raise ConfigError(f"{place} is being written by another mixlm", "wait for it, or name another place")
             with waiting:
                 lock_descriptor(file.fileno())
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from programs import MAIN, SLOW, TOYS, Run
+
+from mixlm.resumable_log import exclusive
 
 PROMPTS = [f"prompt number {i}" for i in range(12)]
 OPTIONS = ("--max-tokens", "12", "--seed", "7")
@@ -157,9 +158,8 @@ def test_another_seed_is_refused_and_the_same_one_is_not(run: Run, prompts: Path
 
 def test_a_file_that_another_process_writes_is_refused(run: Run, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    with output.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert "is being written by another mixlm" in run(*arguments(prompts, output)).err
+    with exclusive(tmp_path / "out.jsonl.lock"):
+        assert "out.jsonl is being written by another mixlm" in run(*arguments(prompts, output)).err
     assert run(*arguments(prompts, output)).code == 0
 
 

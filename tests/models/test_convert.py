@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,6 +27,19 @@ def test_a_file_cut_off_in_its_weights(tmp_path, write_gguf):
     cut = write_gguf(tmp_path / "b.gguf", stop_at=size - 100)
     with pytest.raises(ModelLoadError, match=rf"cut off: its tensors need .* the file has {size - 100:,}"):
         read_header(cut)
+
+
+def test_a_header_is_refused_where_the_package_for_it_is_missing(tmp_path, write_gguf, monkeypatch):
+    path = write_gguf(tmp_path / "a.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModelLoadError, match=r"a\.gguf needs gguf .install: pip install 'mixlm\[llamacpp\]'"):
+        read_header(path)
+
+
+def test_a_file_with_a_malformed_vocabulary_is_named(tmp_path, write_gguf):
+    path = write_gguf(tmp_path / "a.gguf", merges=[("q", "zz")])
+    with pytest.raises(ModelLoadError, match=r"cannot convert .*a\.gguf .*zz"):
+        gguf_module.tokenizer_folder(gguf_module.GgufModel(path, None, "a"))
 
 
 @pytest.mark.parametrize("stop_at", [5, 20, 60, 3000])
@@ -115,6 +129,15 @@ def test_an_architecture_that_is_not_known(tmp_path, write_gguf, quiet):
     with pytest.raises(ModelLoadError, match=r"GGUF architecture 'quux'\): .*not supported"):
         converted(path, display=quiet)
     assert installed() == []
+
+
+@pytest.mark.slow
+def test_progress_bars_of_the_library_take_all_that_bars_take():
+    from transformers.utils import logging
+
+    with gguf_module._progress_to(Stage()), logging.tqdm([1, 2], "loading", leave=False) as bar:
+        bar.set_description("reading")
+        assert list(bar) == [1, 2]
 
 
 @pytest.mark.slow

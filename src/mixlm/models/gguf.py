@@ -7,7 +7,7 @@ import hashlib
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -113,7 +113,17 @@ def convert_gguf(path: Path, target_dir: Path, dtype: str = "bfloat16", stage: S
     """
     header = read_header(path)
     try:
-        _convert(path, target_dir, dtype, header.tokens, stage or Stage())
+        with _conversion_errors(path, header):
+            _convert(path, target_dir, dtype, header.tokens, stage or Stage())
+    finally:
+        gc.collect()
+
+
+@contextmanager
+def _conversion_errors(path: Path, header: GgufHeader) -> Iterator[None]:
+    """Turn what goes wrong in a conversion into a ModelLoadError."""
+    try:
+        yield
     except MixlmError:
         raise
     except Exception as error:
@@ -123,8 +133,6 @@ def convert_gguf(path: Path, target_dir: Path, dtype: str = "bfloat16", stage: S
             f"cannot convert {path} (GGUF architecture {header.architecture!r}): {_one_sentence(error)}",
             "a folder with the same model in safetensors may load",
         ) from error
-    finally:
-        gc.collect()
 
 
 def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | None = None) -> Path:
@@ -205,8 +213,9 @@ def add_tokenizer(
 ) -> ModelMetadata:
     """Write the tokenizer of a GGUF file into a folder, and return the content of the folder's `mixlm.json`."""
     metadata = read_metadata(path)
-    write_tokenizer(metadata, folder, path.name)
     header = GgufHeader.of(metadata)
+    with _conversion_errors(path, header):
+        write_tokenizer(metadata, folder, path.name)
     return ModelMetadata(
         source=source,
         sha256=sha256,
@@ -280,20 +289,21 @@ def _progress_to(stage: Stage) -> Iterator[None]:
         from transformers import modeling_gguf_pytorch_utils as legacy
         from transformers.utils import logging
 
-        def counted(items: Iterable[Any], **_: object) -> Iterator[Any]:
-            items = list(items)
-            for done, item in enumerate(items):
-                stage.update(done, len(items))
-                yield item
-            stage.update(len(items), len(items))
+        class Counted(logging.EmptyTqdm):  # type: ignore[misc]
+            def __iter__(self) -> Iterator[Any]:
+                items = list(super().__iter__())
+                for done, item in enumerate(items):
+                    stage.update(done, len(items))
+                    yield item
+                stage.update(len(items), len(items))
 
-        bar = legacy.tqdm
+        bar = getattr(legacy, "tqdm", None)
         verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        hook = logging.set_tqdm_hook(lambda _factory, items, _options: counted(*items))
+        hook = logging.set_tqdm_hook(lambda _factory, items, options: Counted(*items, **options))
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         # One of the two GGUF loaders uses tqdm directly, regardless of the settings of the library.
-        legacy.tqdm = counted
+        legacy.tqdm = Counted
         try:
             yield
         finally:

@@ -106,7 +106,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Return all key-value pairs of a GGUF file, and check that the file is complete.
 
     Raises:
-        ModelLoadError: The file cannot be read, is not GGUF, is truncated, or is one part of a split file.
+        ModelLoadError: The file cannot be read, is not GGUF, is truncated, or is one part of a split file; or the
+            package gguf is missing.
     """
     try:
         with path.open("rb") as file:
@@ -150,7 +151,10 @@ def _parse(path: Path, data: mmap.mmap) -> dict[str, Any]:
 
 def _check_complete(path: Path, reader: _HeaderReader, tensors: int, alignment: int, size: int) -> None:
     """Check that the file contains all bytes of every tensor."""
-    from gguf import GGML_QUANT_SIZES
+    try:
+        from gguf import GGML_QUANT_SIZES
+    except ImportError as error:
+        raise ModelLoadError(f"reading {path} needs gguf", "install: pip install 'mixlm[llamacpp]'") from error
 
     needed = 0
     for _ in range(tensors):

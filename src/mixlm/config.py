@@ -141,7 +141,7 @@ class RouterConfig(_Strict):
         if self.sharpness is not None and self.kind != "prompt":
             raise ValueError(f"sharpness is of the router by prompt, and kind is {self.kind!r}")
         if (self.kind == "learned") != (self.file is not None):
-            raise ValueError("a learned router has a file, and no other kind has one (see mixlm fit --router)")
+            raise ValueError("a learned router has a file, and no other kind has one")
         return self
 
 
@@ -320,6 +320,8 @@ def _value_hint(kind: str, value: Any, message: str, table: str) -> str | None:
         return "write it in quotes"
     if kind == "model_type":
         return f"write [{table}], and its keys below"
+    if message.startswith("a learned router has a file"):
+        return "see mixlm fit --router"
     if kind == "literal_error":
         return did_you_mean(str(value), re.findall("'([^']+)'", message))
     return None

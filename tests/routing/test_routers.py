@@ -238,6 +238,12 @@ def test_a_router_table_that_does_not_fit_is_refused(router: dict[str, Any], mes
         parse_config({"members": MEMBERS, "router": router}, "here")
 
 
+def test_a_learned_router_without_a_file_gets_a_hint() -> None:
+    with pytest.raises(ConfigError, match="and no other kind has one") as caught:
+        parse_config({"members": MEMBERS, "router": {"kind": "learned"}}, "here")
+    assert caught.value.hint == "see mixlm fit --router"
+
+
 def test_a_router_of_other_members_is_refused(gate: Path) -> None:
     raw = {"members": [*MEMBERS, {"model": "toy:3", "weight": 1.0}], "router": {"kind": "learned", "file": str(gate)}}
     with pytest.raises(ConfigError, match=r"was trained for toy:1, toy:2 .*toy:3"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -38,6 +39,12 @@ def test_every_method_is_measured(pair: Ensemble) -> None:
     assert by_method["conventional", ("toy-1", "toy-2")].forwards == {"toy-1": 16, "toy-2": 16}
     assert sum(by_method["mixture", ("toy-1", "toy-2")].forwards.values()) == 16
     assert all(run.tokens_per_second > 0 and run.bytes_per_second > 0 for run in report.runs)
+
+
+def test_there_is_no_peak_memory_on_windows(pair: Ensemble, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    report = bench(pair, BenchPlan(tokens=4, repeats=1)).as_dict()
+    assert "peak_memory_bytes" not in report["environment"]
 
 
 def test_ratios_and_environment_are_named(pair: Ensemble) -> None:

@@ -104,7 +104,7 @@ def environment(engines: Sequence[Engine], settings: Mapping[str, Any]) -> dict[
         "versions": versions,
         "engines": {engine.name: dict(engine.details) for engine in distinct},
         "weights_bytes": total_weight_bytes(engines),
-        "peak_memory_bytes": _peak_memory(),
+        **_peak_memory(),
         **_accelerator(),
         "settings": dict(settings),
     }
@@ -119,12 +119,14 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _peak_memory() -> int:
-    """Return the most memory this process has had resident, in bytes."""
-    import resource
-
+def _peak_memory() -> dict[str, int]:
+    """Return the most memory this process has had resident, in bytes, where the system counts it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return {"peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024}
 
 
 def memory_in_use() -> int | None:

@@ -158,7 +158,7 @@ def test_another_seed_is_refused_and_the_same_one_is_not(run: Run, prompts: Path
 
 def test_a_file_that_another_process_writes_is_refused(run: Run, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    with exclusive(tmp_path / "out.jsonl.lock"):
+    with exclusive(output):
         assert "out.jsonl is being written by another mixlm" in run(*arguments(prompts, output)).err
     assert run(*arguments(prompts, output)).code == 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -90,7 +91,7 @@ def complete_file(
     if str(output) == "-":
         return _complete(ensemble, records, {"seed": settings.seed, **options}, batch_size, keys, run, None)
     # Windows lets nobody write a locked file through another handle.
-    with exclusive(output.with_name(f"{output.name}.lock")):
+    with exclusive(output.with_name(f"{output.name}.lock") if os.name == "nt" else output):
         log = ResumableLog(output, index="number", key="key", result="seed")
         for i in log.records:
             log.get(i, keys[i] if i in range(len(keys)) else "")

@@ -163,19 +163,22 @@ class FakeLlamaCpp:
     """llama.cpp's responses, and what is wrong with them."""
 
     def __init__(self, wrong: str) -> None:
-        self.wrong = wrong
+        self.wrong, self.requests = wrong, 0
 
     async def __call__(self, body: dict[str, Any], path: str) -> Any:
         if self.wrong == "raises":
             raise EngineError("refuses (404)")
         if self.wrong == "refuses":
             return {"error": {"message": "no"}}
-        rng = np.random.default_rng(0 if self.wrong == "seeds" else body["seed"])
+        self.requests += 1
+        rng = np.random.default_rng(
+            0 if self.wrong == "seeds" else self.requests if self.wrong == "rounding" else body["seed"]
+        )
         allowed = np.setdiff1d(
             np.arange(65, 91), [] if self.wrong == "bans" else [token for token, _ in body["logit_bias"]]
         )
         ids = rng.choice(allowed[: body["top_k"]], size=body["n_predict"]).tolist()
-        prob = 0.5 if self.wrong != "probabilities" else 0.2
+        prob = {"probabilities": 0.2, "numbers": np.nan}.get(self.wrong, 0.5)
         entries = [{"id": token, "prob": prob, "top_probs": [{"id": token, "prob": prob}] * 2} for token in ids]
         return {"completion_probabilities": entries, **({} if self.wrong == "tokens" else {"tokens": ids})}
 
@@ -187,16 +190,19 @@ class FakeLlamaCpp:
         ("raises", "does not take what is needed, or returns no token ids (refuses (404))"),
         ("refuses", "returns no token ids"),
         ("tokens", "returns no token ids"),
-        ("seeds", "other seeds other tokens"),
-        ("probabilities", "other log-probabilities than it samples with"),
+        ("seeds", "no: other seeds must sample other tokens"),
+        ("probabilities", "no: it returns other log-probabilities than it samples with"),
+        ("numbers", "other log-probabilities than it samples with"),
+        ("rounding", ""),
         ("bans", "cannot be kept from sampling"),
     ],
 )
 def test_what_a_server_lacks_is_named(wrong, message):
     server = server_with(FakeLlamaCpp(wrong))
     server.missing = missing = asyncio.run(server.find_missing())
-    assert (message in missing) if message else missing == ""
     assert server.samples == (f"no: {missing}" if message else "yes")
+    assert message in server.samples
+    assert "vLLM" not in missing
 
 
 def test_probabilities_that_are_not_certain_are_requested_again():

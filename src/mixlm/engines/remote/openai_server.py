@@ -80,10 +80,12 @@ class OpenAIServer(ModelServer):
         """Find out what it lacks to sample itself, whether it `masks`, and whether it has the session route."""
         pool = SessionPool(self.client, self.check)
         self.sessions = pool if await pool.is_available() else None
+        hint = "; vLLM needs --logprobs-mode processed_logprobs"
+        probe = partial(probe_sampling, self._sample, self._top_two, hint, repeats=True)
         self.masks = True
-        if await probe_sampling(self._sample, self._top_two):
+        if await probe():
             self.masks = False
-            return await probe_sampling(self._sample, self._top_two)
+            return await probe()
         return ""
 
     @property

@@ -83,7 +83,7 @@ def server() -> Iterator[FakeSessionServer]:
 
 def client_of(server: FakeSessionServer, key: str = KEY) -> Any:
     limits = ClientLimits(connect=2, response=5)
-    return SimpleNamespace(base_url=server.url, key=key, limits=limits, connections_made=0)
+    return SimpleNamespace(base_url=server.url, key=key, limits=limits, count_connection=lambda: None)
 
 
 def pool_of(server: FakeSessionServer, key: str = KEY, checks: list[int] | None = None) -> SessionPool:

@@ -108,7 +108,8 @@ class EventLoopThread:
 class HttpClient:
     """The connections to one server. To be created and used in the event loop that sends its requests.
 
-    connections_made: how many so far; behind each may be another server.
+    connections_made: how many so far; behind each may be another server. unchecked: by number, the tasks that made those
+    that no `ModelServer.check` counts for yet.
 
     Args:
         base_url: the server's URL, without the path of a request.
@@ -120,6 +121,7 @@ class HttpClient:
         self.key = key
         self.limits = limits
         self.connections_made = 0
+        self.unchecked: dict[int, asyncio.Task[Any]] = {}
         self._proxy = _proxy_of(base_url)
         # Responses are short, and decompressing them would cost more than it saves.
         self._headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
@@ -192,12 +194,19 @@ class HttpClient:
             content = await response.read()
         return response.status, response.headers, content
 
-    async def _count_connection(self, *_: Any) -> None:
+    def count_connection(self) -> None:
+        """Note that the current task made a connection."""
         self.connections_made += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self.unchecked[self.connections_made] = task
+
+    async def _on_connection(self, *_: Any) -> None:
+        self.count_connection()
 
     def _open_session(self, tls: ssl.SSLContext | bool, force_close: bool = False) -> aiohttp.ClientSession:
         trace = aiohttp.TraceConfig()
-        trace.on_connection_create_end.append(self._count_connection)
+        trace.on_connection_create_end.append(self._on_connection)
         timeout = aiohttp.ClientTimeout(
             total=self.limits.connect + self.limits.response,
             connect=self.limits.connect,

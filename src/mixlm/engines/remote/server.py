@@ -89,7 +89,6 @@ class ModelServer(ABC):
         self._idle_slots = asyncio.Semaphore(self._slots.count if self._slots else 0)
         self._fingerprint: dict[int, float] = {}
         self._check = asyncio.Lock()
-        self._connections_checked = 0
 
     @abstractmethod
     def request_bodies(self, ids: list[int], count: int, among: Ids | None = None) -> Sequence[dict[str, Any]]:
@@ -230,29 +229,34 @@ class ModelServer(ABC):
 
     async def take_fingerprint(self) -> None:
         """Note which model the server has now, for `check`. Raises EngineError."""
-        self._connections_checked = self.client.connections_made
+        self.client.unchecked.clear()
         self._fingerprint = await self._read_fingerprint()
 
     async def check(self) -> None:
-        """Check the model if a connection was made since the last check: another server may have accepted it.
+        """Check the model if this task made a connection since the last check: another server may have accepted it.
 
-        A text is never continued by another model under the same name. Many connections are made at once when sequences
-        start together: a check that starts from now on counts for all that wait for one by then.
+        A text is never continued by another model under the same name: where a task ended without a check of its
+        connections, the next one checks. Many connections are made at once when sequences start together: a check that
+        starts from now on counts for all that wait for one by then.
 
         Raises:
             EngineError: the server has another model, or does not answer.
         """
-        connections = self.client.connections_made
-        if connections <= self._connections_checked:
+        if not self._needs_check():
             return
         async with self._check:
-            if connections <= self._connections_checked:
+            if not self._needs_check():
                 return
-            made_before = self.client.connections_made
+            made_before = [*self.client.unchecked]
             if not await self.is_unchanged():
                 base_url = self.client.base_url
                 raise EngineError(f"the server {base_url} has another model now, under the name {self.info.name}")
-            self._connections_checked = made_before
+            for number in made_before:
+                self.client.unchecked.pop(number, None)
+
+    def _needs_check(self) -> bool:
+        own = asyncio.current_task()
+        return any(task is own or task.done() for task in self.client.unchecked.values())
 
     async def is_unchanged(self) -> bool:
         """Whether the server has the model that it had. Raises EngineError where it does not answer."""
@@ -286,26 +290,30 @@ def _error_message(value: Any) -> str:
 
 
 async def probe_sampling(
-    sample: Callable[[int, Ids], Awaitable[list[int]]], top_two: Callable[[], Awaitable[list[float]]]
+    sample: Callable[[int, Ids], Awaitable[list[int]]],
+    top_two: Callable[[], Awaitable[list[float]]],
+    hint: str = "",
+    *,
+    repeats: bool = False,
 ) -> str:
     """Return what a server lacks to sample itself, "" for nothing.
 
-    It has to sample equal tokens with equal seeds, to report the probabilities that it samples with, and not to sample
+    It has to sample other tokens with other seeds, to report the probabilities that it samples with, and not to sample
     ids that are banned.
 
     Args:
         sample: returns a few tokens sampled with a seed, without the banned ids, int64.
         top_two: returns the sum of the probabilities of the two tokens that top-k leaves, at each position.
+        hint: how it is made to report the probabilities that it samples with.
+        repeats: whether it also has to sample equal tokens with equal seeds.
     """
     none = np.zeros(0, dtype=np.int64)
     try:
         texts = [await sample(seed, none) for seed in (1, 1, 2, 3)]
-        if texts[0] != texts[1] or all(text == texts[0] for text in texts):
-            return "equal seeds must sample equal tokens there, and other seeds other tokens"
-        if any(abs(total - 1) > 0.01 for total in await top_two()):
-            return (
-                "it returns other log-probabilities than it samples with; vLLM needs --logprobs-mode processed_logprobs"
-            )
+        if (repeats and texts[0] != texts[1]) or all(text == texts[0] for text in texts):
+            return f"{'equal seeds must sample equal tokens there, and ' * repeats}other seeds must sample other tokens"
+        if not all(abs(total - 1) <= 0.01 for total in await top_two()):
+            return f"it returns other log-probabilities than it samples with{hint}"
         likely = np.unique([text[0] for text in texts])
         if any([(await sample(seed, likely))[0] in likely for seed in (1, 2, 3)]):
             return "it cannot be kept from sampling some tokens"

@@ -53,7 +53,7 @@ class SessionConnection:
             )
         except (OSError, WebSocketException) as error:
             raise EngineError(f"{client.base_url} does not open a session: {error or type(error).__name__}") from error
-        client.connections_made += 1
+        client.count_connection()
         return cls(client, socket)
 
     def close(self) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import asyncio
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.remote.http_client import ClientLimits
+from mixlm.engines.remote.model_info import tokenizer_folder_of
 from mixlm.engines.requests import LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.errors import (
@@ -35,6 +39,7 @@ from mixlm.errors import (
     TokenizerError,
     UnsupportedError,
 )
+from mixlm.models.cache import GGUF_FILE, read_info, write_info
 from mixlm.models.gguf import find_gguf, tokenizer_folder
 from mixlm.types import Sampling, TopKFilter
 
@@ -326,6 +331,16 @@ def test_ends_of_text_are_those_of_the_generation_config_too(fake, folder, tmp_p
     assert {70, 71} <= {*fake.requests[-1]["stop_token_ids"]}
 
 
+def test_a_tokenizer_in_the_cache_is_made_anew_where_an_older_version_made_it(file, folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    shutil.copy(file, model / GGUF_FILE)
+    write_info(model, replace(read_info(folder), tokenizer=1))
+    (model / "tokenizer.json").write_text("{}")
+    assert tokenizer_folder_of(str(model)) == model
+    assert (model / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+
+
 def test_a_tokenizer_that_reads_differently_is_refused(llama, tmp_path):
     from trained import trained
     from transformers import PreTrainedTokenizerFast
@@ -487,6 +502,37 @@ def test_a_server_that_is_killed_in_the_middle_of_a_generation(process, file, en
         tokens = tokens[: 30 - dropped]
     assert list(tokens[:8]) == first_tokens
     assert [token.data for token in tokens] == [token.data for token in whole.tokens][: len(tokens)]
+
+
+def test_only_who_made_a_connection_waits_for_its_check(remote, fake, monkeypatch):
+    kept, new, released = remote.session(), remote.session(), threading.Event()
+
+    async def is_unchanged() -> bool:
+        return await asyncio.to_thread(released.wait, 10)
+
+    kept.logits(np.array([8, 9]))
+    monkeypatch.setattr(remote.replicas[0].server, "is_unchanged", is_unchanged)
+    fake.faults, fake.delay = ["slow"], 0.3
+    first = remote.submit(kept, LogitsRequest(0, np.array([8, 9, 10])))
+    while not fake.in_flight:
+        time.sleep(0.01)
+    second = remote.submit(new, LogitsRequest(0, np.array([7, 8])))
+    try:
+        first.result(3)
+        assert not second.done()
+    finally:
+        released.set()
+    second.result(3)
+
+
+def test_a_connection_that_was_left_without_a_check_is_checked_by_the_next(remote, fake):
+    remote.session().logits(np.array([8, 9]))
+    fake.stop()
+    fake.seed = 1
+    fake.start()
+    assert not remote.alive()  # over a new connection, which is kept
+    with pytest.raises(EngineError, match="another model now"):
+        remote.session().logits(np.array([8, 9]))
 
 
 @pytest.mark.slow

@@ -76,11 +76,10 @@ class ModelInfo:
 
 def tokenizer_folder_of(model: str) -> Path | None:
     """Return the folder of a model's tokenizer: of a folder that has one, or of a GGUF file. None for others."""
+    if (gguf := find_gguf(model)) is not None:
+        return tokenizer_folder(gguf)  # converted anew where an earlier version converted it
     folder = Path(model).expanduser()
-    if (folder / "tokenizer.json").is_file():
-        return folder
-    gguf = find_gguf(model)
-    return None if gguf is None else tokenizer_folder(gguf)
+    return folder if (folder / "tokenizer.json").is_file() else None
 
 
 async def read_model_info(client: HttpClient, name: str) -> ModelInfo:

@@ -108,6 +108,13 @@ def test_what_does_not_fit_is_refused(folder, options, message):
             loader(spec(folder, **options))
 
 
+@pytest.mark.parametrize("loader", [load, load_described])
+def test_without_accelerate_the_extra_is_named(folder, loader, monkeypatch):
+    monkeypatch.setattr("mixlm.engines.registry.find_spec", lambda package: None if package == "accelerate" else True)
+    with pytest.raises(MixlmError, match=r"needs accelerate \(install: pip install 'mixlm\[hf\]'\)"):
+        loader(spec(folder))
+
+
 @pytest.mark.parametrize("name", ["bitsandbytes-4bit", "torchao-int8"])
 def test_a_library_that_is_missing_is_named(folder, name, monkeypatch):
     monkeypatch.setattr("mixlm.engines.transformers.placement.find_spec", lambda library: None)

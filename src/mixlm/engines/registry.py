@@ -23,8 +23,8 @@ _HF = "pip install 'mixlm[hf]'"
 # name: module, packages that it needs, how they are installed
 ENGINES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "toy": ("mixlm.engines.toy", (), ""),
-    "hf": ("mixlm.engines.transformers", ("torch", "transformers"), _HF),
-    "shape": ("mixlm.engines.transformers.dummy_weights", ("torch", "transformers"), _HF),
+    "hf": ("mixlm.engines.transformers", ("torch", "transformers", "accelerate"), _HF),
+    "shape": ("mixlm.engines.transformers.dummy_weights", ("torch", "transformers", "accelerate"), _HF),
     "llamacpp": (
         "mixlm.engines.llamacpp.engine",
         ("xllamacpp", "tokenizers", "jinja2"),
@@ -69,15 +69,20 @@ def load(spec: EngineSpec) -> Engine:
         from mixlm.models.resolve import resolve
 
         resolve(spec.model)  # says what is wrong before libraries are imported, which takes seconds
-    module, packages, command = ENGINES[name]
-    if missing := [package for package in packages if find_spec(package) is None]:
-        raise MixlmError(f"loading {spec.model} needs {' and '.join(missing)}", f"install: {command}")
+    check_packages(name, spec.model)
     if name in ("hf", "shape", "llamacpp"):
         # Spinning OpenMP threads starve each other on shared machines. torch and llama.cpp read this variable once,
         # when they are first imported, so it is set before the engine is.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    engine: Engine = import_module(module).load(spec)
+    engine: Engine = import_module(ENGINES[name][0]).load(spec)
     return engine
+
+
+def check_packages(name: str, model: str) -> None:
+    """Raise MixlmError where a package is missing that one of `ENGINES` needs for a model."""
+    _, packages, command = ENGINES[name]
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise MixlmError(f"loading {model} needs {' and '.join(missing)}", f"install: {command}")
 
 
 def engine_name(spec: EngineSpec) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from mixlm.engines import Engine, EngineSpec
 from mixlm.engines import load as load_engine
 from mixlm.engines.base import Session, TextInterface
-from mixlm.engines.registry import engine_name
+from mixlm.engines.registry import check_packages, engine_name
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.errors import UnsupportedError
 from mixlm.models.gguf import find_gguf, tokenizer_folder
@@ -22,9 +22,11 @@ def load_described(spec: EngineSpec) -> Engine:
         ConfigError: Options of loading do not fit the model or the machine.
         ModelLoadError: The file is broken.
         TokenizerError: Its tokens cannot be mapped to bytes.
+        MixlmError: A package is missing.
     """
     gguf = None if spec.adapter is not None or ":" in spec.model else find_gguf(spec.model)
     if gguf is None and engine_name(spec) == "hf":
+        check_packages("hf", spec.model)
         return _described_folder(spec)
     if gguf is None or spec.engine not in ("auto", "hf", "llamacpp"):
         return load_engine(spec)

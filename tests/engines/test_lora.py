@@ -285,8 +285,8 @@ def test_an_adapter_of_another_model_is_refused_and_leaves_the_model_as_it_was(f
 
     file = shapes / "adapter_model.safetensors"
     save_file({key: tensor[:, :-1].contiguous() for key, tensor in load_file(file).items()}, file)
-    with pytest.raises(ModelLoadError, match=r"the adapter .*shapes does not fit tiny"):
-        base.with_spec(spec(folders, adapter=str(shapes)))
+    with pytest.raises(ModelLoadError, match=r"the adapter .*shapes does not fit another"):
+        base.with_spec(replace(spec(folders, adapter=str(shapes)), name="another"))
     assert_close(uncached(base, ids), before)
 
 
@@ -320,7 +320,7 @@ def test_what_has_no_weights_of_its_own_takes_no_adapter(model):
 def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("mixlm.engines.transformers.adapters.find_spec", lambda _: None)
     with pytest.raises(Exception, match=r"the adapter x needs peft .install: pip install 'mixlm\[peft\]'"):
-        LoadedModel(torch.nn.Linear(1, 1), "tiny").add("x")
+        LoadedModel(torch.nn.Linear(1, 1), "tiny").add("x", "tiny")
 
 
 def refusal(folders, base, folder: Path) -> str:

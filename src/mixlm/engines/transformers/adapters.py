@@ -42,16 +42,15 @@ class Adapters:
     implementation that the model has by itself.
     """
 
-    def __init__(self, model: Any, name: str, attention: str | None) -> None:
+    def __init__(self, model: Any, attention: str | None) -> None:
         self._model = model
-        self._name = name
         self.sizes: dict[str, int] = {}
         self.layers: list[Any] = []
         self.active: str | None = None
         self._attention = attention
         self._peft_names: dict[str, str] = {}
 
-    def add(self, adapter: str) -> None:
+    def add(self, adapter: str, name: str) -> None:
         """Load an adapter, unless it is loaded already: see `LoadedModel.add`."""
         if adapter in self.sizes:
             return
@@ -69,12 +68,12 @@ class Adapters:
             try:
                 if misfit is not None or not parameters:
                     raise ModelLoadError(
-                        f"the adapter {adapter} does not fit {self._name}: {misfit or 'it changes no layer'}",
+                        f"the adapter {adapter} does not fit {name}: {misfit or 'it changes no layer'}",
                         "it must be one that was trained on this model",
                     )
                 self._model.eval()
                 self._peft_names[adapter] = peft_name
-                self._check(adapter, before)
+                self._check(adapter, before, name)
             except MixlmError:
                 for layer in self.layers:
                     layer.delete_adapter(peft_name)
@@ -82,7 +81,7 @@ class Adapters:
                 raise
             self.sizes[adapter] = count_bytes(parameters)
 
-    def _check(self, adapter: str, before: torch.Tensor) -> None:
+    def _check(self, adapter: str, before: torch.Tensor, name: str) -> None:
         """Compare an adapter with PEFT's own forward pass, and the model without adapters with what it was before."""
         self.switch(adapter)
         own = self._plain_logits()
@@ -91,7 +90,7 @@ class Adapters:
                 expected = peft_logits(self._model, adapter, f"{self._peft_names[adapter]}reference", self._trial_ids())
         except Exception as error:
             raise ModelLoadError(
-                f"PEFT cannot run the adapter {adapter} on {self._name}: {error_summary(error)}",
+                f"PEFT cannot run the adapter {adapter} on {name}: {error_summary(error)}",
                 "its layers are quantised in a way that takes none: use bitsandbytes, or merge the adapter first"
                 if getattr(self._model.config, "quantization_config", None) is not None
                 else None,
@@ -101,7 +100,7 @@ class Adapters:
             self.switch(None)
         if not bool(own.isfinite().any(dim=1).all()) or bool(own.isnan().any()):
             raise ModelLoadError(
-                f"{self._name} with the adapter {adapter} computes logits that are no numbers",
+                f"{name} with the adapter {adapter} computes logits that are no numbers",
                 "try --dtype float32; where that is no different, the adapter's weights are damaged",
             )
         pairs = zip(own.float().cpu().numpy(), expected.float().cpu().numpy(), strict=True)
@@ -113,7 +112,7 @@ class Adapters:
             )
         if not torch.equal(before, self._plain_logits()):
             raise ModelLoadError(
-                f"the adapter {adapter} changed {self._name} itself, which other members share",
+                f"the adapter {adapter} changed {name} itself, which other members share",
                 "load them again without it; merge it into a copy of the model, and name that as the member's model",
             )
 

@@ -104,7 +104,7 @@ class HFEngine(Engine):
         speed_up_linear_layers(model)
         loaded = LoadedModel(model, spec.name, notes)
         if spec.adapter is not None:
-            loaded.add(spec.adapter)
+            loaded.add(spec.adapter, spec.name)
         runner = load_runner(loaded, spec.graphs, spec.prefix_cache << 20)
         return cls._of_runner(spec, tokenizer, runner.with_adapter(spec.adapter))
 
@@ -147,7 +147,7 @@ class HFEngine(Engine):
             return None
         name = spec.name or (self.name if spec.adapter is None else f"{self.name}+{Path(spec.adapter).name}")
         if spec.adapter is not None:
-            self.loaded.add(spec.adapter)
+            self.loaded.add(spec.adapter, name)
         return self._of_runner(replace(spec, name=name), self._tokenizer, self.runner.with_adapter(spec.adapter))
 
     def replica(self) -> HFEngine:

@@ -48,8 +48,8 @@ class LoadedModel:
                 self.adapters.switch(adapter)
             yield
 
-    def add(self, adapter: str) -> None:
-        """Load an adapter, a folder or hub id, unless it is loaded already.
+    def add(self, adapter: str, name: str) -> None:
+        """Load an adapter, a folder or hub id, unless it is loaded already. name: the member's, for messages.
 
         Raises:
             MixlmError: peft is not installed.
@@ -59,8 +59,8 @@ class LoadedModel:
         from mixlm.engines.transformers.adapters import Adapters
 
         with self.lock:
-            self.adapters = self.adapters or Adapters(self.model, self.name, self._attention)
-            self.adapters.add(adapter)
+            self.adapters = self.adapters or Adapters(self.model, self._attention)
+            self.adapters.add(adapter, name)
 
     @contextmanager
     def noting_hidden_states(self, inputs: Sequence[SequenceInput]) -> Iterator[None]:

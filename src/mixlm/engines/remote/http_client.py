@@ -108,8 +108,8 @@ class EventLoopThread:
 class HttpClient:
     """The connections to one server. To be created and used in the event loop that sends its requests.
 
-    connections_made: how many so far; behind each may be another server. unchecked: by number, the tasks that made those
-    that no `ModelServer.check` counts for yet.
+    connections_made: how many so far; behind each may be another server. unchecked: by number, the tasks that made
+    those that no `ModelServer.check` counts for yet.
 
     Args:
         base_url: the server's URL, without the path of a request.

@@ -113,7 +113,8 @@ def test_training_is_reproducible_and_tells_what_is_missing() -> None:
     with pytest.raises(ConfigError, match="hold no observations of m0"):
         train_gate([replace(scores, observed=None)], TOP)
     with pytest.raises(ConfigError, match="too little text"):
-        train_gate([observed_scores(8, 1)], TOP)
+        train_gate([observed_scores(8, 1)], TOP, "mlp")
+    assert train_gate([observed_scores(8, 1)], TOP).observes  # of few inputs, with the largest penalty
     with pytest.raises(ConfigError, match="different members"):
         train_gate([scores, replace(scores, names=("a", "b"))], TOP)
 

@@ -76,14 +76,16 @@ def train_with_validation(
         progress: Called with the trainings done, and their number.
 
     Raises:
-        ConfigError: There is too little text.
+        ConfigError: There is too little text for a gate of many inputs, or with an inner layer.
     """
     whole = objective(concatenate(scores))
     parts = [split_holdout(part, _VALIDATION) for part in scores if part.is_divisible]
+    few = kind == "linear" and whole.inputs.shape[-1] <= _FEW
     if sum(len(part.ends) for part, _ in parts) < _MIN_SEGMENTS:
+        if few:
+            return _by_lbfgs(whole, _untrained(whole, weights, kind, seed), PENALTIES[-1], _ITERATIONS)
         raise ConfigError("there is too little text to train a gate", "give texts of a few kilobytes, better of many")
     train, check = (objective(concatenate(side)) for side in zip(*parts, strict=True))
-    few = kind == "linear" and train.inputs.shape[-1] <= _FEW
     fit, penalties, steps = (_by_lbfgs, PENALTIES, _ITERATIONS) if few else (_by_adam, DECAYS, _EPOCHS)
     trials: list[tuple[float, float, int]] = []
     for penalty in penalties:

@@ -246,6 +246,16 @@ def test_a_second_fit_reads_nothing(run: Run, texts: list[str], monkeypatch: pyt
     assert "it was read" in run("fit", *texts, *TOYS, *FAST, "--no-cache").err
 
 
+@pytest.mark.parametrize("options", [(), ("--unit", "token", "--rule", "defer", "--router", "gate.json")], ids=len)
+def test_models_are_identified_once_they_are_loaded(
+    run: Run, texts: list[str], monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("mixlm.scoring.score.identity", lambda *_: pytest.fail("their files were read"))
+    monkeypatch.setattr("mixlm.loading.load_config", lambda *_, **__: pytest.fail("they were loaded"))
+    with pytest.raises(pytest.fail.Exception, match="they were loaded"):
+        run("fit", texts[0], *TOYS, *options)
+
+
 def test_an_ensemble_of_scores_and_fit_agree(run: Run, texts: list[str]) -> None:
     fitted = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--holdout", "0", "--output", "pair.toml", "--json").out)
     scored = json.loads(run("score", "words.txt", "-e", "pair.toml", "--json").out)

@@ -143,14 +143,14 @@ def fit(
     _check(config, holdout, bootstrap, step, prompt_bytes)
     _check_written(files, output, router, numbers=defers(config) or not is_plain, force=force)
     texts = read_texts(files)
-    models = model_identities(config, not no_cache)
     if fits_rule(config):
         unused = {"--router": None if defers(config) else router, "--grid": step, "--features": features}
         unused |= {"--observe": observe, "--accuracy": accuracy, "--prompt-bytes": prompt_bytes or None, "--ends": ends}
         _check_rule_fit(shared, texts, unused)
         parts = {name: split_text(text, holdout) for name, text in texts.items()}
         if router is not None:
-            return fit_gate(shared, config, parts, router, kind, price or 0.0, models, output=output, as_json=as_json)
+            cost, cache = price or 0.0, not no_cache
+            return fit_gate(shared, config, parts, router, kind, cost, cache=cache, output=output, as_json=as_json)
         return fit_strength(shared, config, parts, output=output, as_json=as_json)
     if price is not None:
         raise UsageError("--price is of a gate of rule defer", "add --rule defer and --router FILE")
@@ -164,6 +164,7 @@ def fit(
     observing = ensemble.with_weights(ensemble.weights.tolist())  # without a router, whose observations would be scored
     if inputs is not None and inputs.observed is not None:
         observing = ensemble.with_router(untrained(ensemble.names, inputs))
+    models = model_identities(config, not no_cache)
     scores = score_texts(observing, texts, pairs, models, ends=ends, system=shared.system)
     weights = None if shared.numbers() is None and config.weights() is None else ensemble.weights
     plan = FitPlan(

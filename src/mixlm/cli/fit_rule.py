@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixlm.cli.display import dim, print_json, print_lines, print_table
-from mixlm.cli.inputs import score_texts
+from mixlm.cli.inputs import model_identities, score_texts
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared
 from mixlm.errors import ConfigError, UsageError
@@ -78,15 +78,15 @@ def fit_gate(
     router: Path,
     kind: GateKind,
     price: float,
-    models: list[str | None] | None,
     *,
+    cache: bool,
     output: Path | None,
     as_json: bool,
 ) -> int:
     """Train a gate of rule defer on the first part of each text; the second is held out.
 
-    router, kind: the gate's file, and what it is. price: of a forward of the second member. models: what
-    `model_identities` returns. output: where the ensemble with the gate is written.
+    router, kind: the gate's file, and what it is. price: of a forward of the second member. cache: whether to use
+    the cache of scores. output: where the ensemble with the gate is written.
     """
     from mixlm.engines.topk_only import full_distribution_error
     from mixlm.fitting.deferral import DeferralScores, check_members, compare, train_deferral
@@ -103,6 +103,7 @@ def fit_gate(
     if engine.top_k_limit is not None:
         raise full_distribution_error(engine, "a gate of rule defer")
     watching = ensemble.with_router(untrained(ensemble.names, GateInputs(("top_k",), observed, TOP_K)))
+    models = model_identities(config, cache)
 
     def scored(side: int) -> list[Scores]:
         texts = {name: part[side] for name, part in parts.items() if part[side]}

@@ -122,6 +122,11 @@ def test_the_member_that_a_router_observes_drafts(pair: Ensemble) -> None:
     assert [default_draft_name(ensemble) for ensemble in (pair, observing)] == ["toy-1", "toy-2"]
 
 
+def test_an_empty_draft_is_refused(pair: Ensemble) -> None:
+    with pytest.raises(ConfigError, match="draft"):
+        bench(pair, BenchPlan(4, 1, methods=["speculative"]), options={"draft": ""})
+
+
 def test_unknown_methods_and_members_are_refused(pair: Ensemble) -> None:
     with pytest.raises(ConfigError, match="no method 'mixtur' to measure") as caught:
         bench(pair, BenchPlan(methods=["mixtur"]))

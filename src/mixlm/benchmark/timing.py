@@ -137,7 +137,9 @@ def method_settings(ensemble: Ensemble, kind: str, options: Mapping[str, Any]) -
 
     End-of-text is masked.
     """
-    draft = (options.get("draft") or default_draft_name(ensemble)) if kind in _DRAFTING else None
+    draft = None
+    if kind in _DRAFTING:
+        draft = default_draft_name(ensemble) if options.get("draft") is None else options["draft"]
     applicable = without_rule(options) if kind == "single" else options
     method = "greedy" if kind == "drafted" else kind
     return ensemble.settings(**{"seed": 0, **applicable, "draft": draft, "method": method, "ignore_end": True})

@@ -125,6 +125,12 @@ def test_speeds_follow_the_cost_model():
     }
 
 
+def test_a_forward_too_short_for_the_clock_has_a_speed():
+    ensemble = make_ensemble([engine(), engine(seed=2)])
+    speeds = predict_speeds(ensemble, ensemble.weights, [[Forward(1, 128, 0.0)]] * 2)
+    assert [speed.predicted for speed in speeds] == [pytest.approx(1e9)] * 4
+
+
 @pytest.mark.parametrize(
     ("unit", "methods"),
     [("piece", {"single", "conventional", "mixture"}), ("word", {"single", "mixture"}), ("byte", {"single"})],

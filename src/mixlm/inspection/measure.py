@@ -175,12 +175,12 @@ def predict_speeds(
     drafts of word ends; in `byte`, the number of forward passes depends on the text, so `mixture` is not predicted.
     """
     names, traits, costs = ensemble.names, ensemble.unit.traits, fit_forward_costs(forwards)
-    speeds = [SpeedEstimate("single", (name,), 1 / costs(i)) for i, name in enumerate(names)]
+    seconds: list[tuple[str, tuple[str, ...], float]] = [("single", (name,), costs(i)) for i, name in enumerate(names)]
     if "conventional" in traits.methods:
-        speeds.append(SpeedEstimate("conventional", names, 1 / conventional_seconds(weights, costs)))
+        seconds.append(("conventional", names, conventional_seconds(weights, costs)))
     if not traits.counts_bytes:
-        speeds.append(SpeedEstimate("mixture", names, 1 / mixture_seconds(weights, costs)))
-    return tuple(speeds)
+        seconds.append(("mixture", names, mixture_seconds(weights, costs)))
+    return tuple(SpeedEstimate(method, members, 1 / max(cost, 1e-9)) for method, members, cost in seconds)
 
 
 def measure_rule(ensemble: Ensemble, report: RuleReport, prompt: str, options: Mapping[str, Any]) -> RuleReport:

@@ -86,6 +86,8 @@ def test_a_call_with_a_rule_is_layered_unless_it_says_otherwise():
     assert generation_options(method="greedy").with_options({"rule": "max"}).method == "greedy"
     with pytest.raises(UnsupportedError, match="the rule is max"):
         plain.with_options({"rule": "max", "method": "mixture"})
+    with pytest.raises(UnsupportedError, match="rule geometric and mix-then-truncate are both given"):
+        generation_options(rule="geometric").with_options({"mix_then_truncate": True})
 
 
 def test_another_rule_begins_with_its_own_parameters():

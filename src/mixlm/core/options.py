@@ -337,7 +337,7 @@ class GenerationOptions:
         if "tools" in values:
             values["tools"] = checked_tools(values["tools"] or ())
         values.setdefault("seed", secrets.randbits(32))
-        if values.get("mix_then_truncate") and values.get("rule") is None:
+        if values.get("mix_then_truncate") and values.get("rule", self.rule) is None:
             values["rule"] = "mean-then-truncate"
         rule: Any = values.get("rule", self.rule)
         if rule is not self.rule and rule != self.rule:

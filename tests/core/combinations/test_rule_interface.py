@@ -154,7 +154,11 @@ def test_what_a_function_returns_is_checked_at_every_use(result, message):
 
 @pytest.mark.parametrize(
     ("result", "message"),
-    [([1, 1, 1], "the envelope of rule mine sums to 3"), ([0.1], r"envelope of rule mine returned the shape \(1,\)")],
+    [
+        ([1, 1, 1], "the envelope of rule mine sums to 3"),
+        ([0.1], r"envelope of rule mine returned the shape \(1,\)"),
+        (None, "the envelope of rule mine returned None"),
+    ],
 )
 def test_what_an_envelope_returns_is_checked_too(result, message):
     rule = Combination.of(lambda probs, weights: weights @ probs, lambda probs, weights, ran: result, name="mine")

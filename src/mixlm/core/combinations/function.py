@@ -49,6 +49,7 @@ class FunctionCombination(Combination):
         """Return the function's lower bound. It is given zeros for the members that have not run.
 
         Raises:
+            ConfigError: It returned None.
             UnsupportedError: Something is unreported, which the function does not know about.
         """
         if self.own_envelope is None:
@@ -56,7 +57,10 @@ class FunctionCombination(Combination):
         refuse_reports(self.name, unreported)
         rows = np.zeros_like(probs)
         rows[list(ran)] = probs[list(ran)]
-        return self.own_envelope(rows, weights.copy(), tuple(ran))
+        lower = self.own_envelope(rows, weights.copy(), tuple(ran))
+        if lower is None:  # elsewhere that is no bound
+            raise ConfigError(f"the envelope of rule {self.name} returned None; it must be an array of numbers")
+        return lower
 
 
 def check_results(rule: type[Combination]) -> None:

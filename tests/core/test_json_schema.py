@@ -26,6 +26,7 @@ from toys import (
     written,
 )
 
+from mixlm.core import grammar_compiler
 from mixlm.core import limited_objects as limited_objects_module
 from mixlm.core.grammar import GrammarCache, Language
 from mixlm.core.limited_objects import limited_objects
@@ -636,6 +637,13 @@ def test_the_names_of_schemas_are_looked_up_in_one_walk(monkeypatch):
     schema = {"anyOf": references, "$defs": {**parts, "y": {"$id": "other", **CLOSED, **NAMED}}}
     assert len(list(limited_objects(schema))) == 1
     assert len(walks) <= 2
+
+
+def test_a_further_schema_copies_no_vocabulary(monkeypatch):
+    cache = GrammarCache([ToyEngine().vocabulary])
+    cache.for_language(Language({"type": "integer"}, {}))
+    monkeypatch.setattr(grammar_compiler, "_TokenizerWrapper", None)
+    cache.for_language(Language(NAMED, {}))
 
 
 @pytest.mark.slow

@@ -51,13 +51,12 @@ def compile_language(
         if parser.is_error():
             raise _refused(parser.get_error(), _function_at_fault(library, trie, tools))
         parsers[number] = parser, byte_ids
-    tokenizer = _TokenizerWrapper(vocabularies[0])
-    _check_names(library, tries[id(vocabularies[0])][0], tokenizer, (text_schema, *tools.values()), check)
+    _check_names(library, tries[id(vocabularies[0])][0], vocabularies[0], (text_schema, *tools.values()), check)
     return [parsers[id(vocabulary)] for vocabulary in vocabularies]
 
 
 def _check_names(
-    library: Any, trie: Any, tokenize: Callable[[str], list[int]], schemas: Sequence[Any], check: Callable[[str], None]
+    library: Any, trie: Any, vocabulary: Vocabulary, schemas: Sequence[Any], check: Callable[[str], None]
 ) -> None:
     """Raise ConfigError where an object ends in nothing: `patternProperties` match no name besides `properties`.
 
@@ -81,6 +80,7 @@ def _check_names(
     parser = library.LLMatcher(trie, source, log_level=0)
     if parser.is_error():
         raise _refused(parser.get_error())
+    tokenize = _TokenizerWrapper(vocabulary)
     for i, limited in enumerate(objects.values()):
         own = parser.deep_copy()
         own.try_consume_tokens(tokenize(f"{i}:{{ "))

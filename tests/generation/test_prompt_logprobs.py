@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -48,6 +49,19 @@ def test_it_does_not_matter_in_how_many_parts_a_prompt_is_read(rows, monkeypatch
     monkeypatch.setattr(given, "ROWS", rows)
     parts = ensemble.generate(TEXT, raw=True, score_prompt=True, max_tokens=0, top_logprobs=3)
     assert parts.prompt == whole.prompt
+
+
+def test_alternatives_take_one_number_for_each_symbol_of_each_member():
+    ensemble = pair("piece")
+    options = {"raw": True, "score_prompt": True, "max_tokens": 0}
+    ensemble.generate(TEXT, top_logprobs=1, **options)
+    peaks = []
+    for count in (0, 1):
+        tracemalloc.start()
+        segments = len(ensemble.generate(TEXT * 4, top_logprobs=count, **options).prompt)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 10 * 2 * segments * ensemble.unit.end
 
 
 def test_alternatives_are_those_of_the_plain_average():

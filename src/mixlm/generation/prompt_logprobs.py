@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mixlm.core.combinations.base import Combination
-from mixlm.core.mixing import mix, mixture_logprobs, pool, segment_responsibilities
-from mixlm.core.sampling import log_softmax, softmax, top_logprobs
+from mixlm.core.mixing import mixture_logprobs, segment_responsibilities
+from mixlm.core.sampling import softmax, top_logprobs
 from mixlm.engines.base import Session, common_prefix
 from mixlm.engines.requests import LogitsAndHidden, LogitsRequest, ScoreRequest
 from mixlm.errors import ConfigError, UnsupportedError
@@ -36,7 +36,7 @@ from mixlm.tokenization.segments import (
     token_ends,
 )
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.types import Candidates, Floats, HiddenStates, Ids, Logits, Token, TopLogprob
+from mixlm.types import Floats, HiddenStates, Ids, Logits, Token, TopLogprob
 from mixlm.units.base import Unit
 
 # Rows of logits in one request; a large vocabulary takes 1 MB a row.
@@ -53,7 +53,7 @@ class ScoredPrompt:
     """One member's prompt. first: index of the text's first token. ends: where each token ends in the text, in bytes.
 
     logprobs: natural log-probability of each token of the text, float64 (n,); nan where nothing is in front of it.
-    distributions: by index of a token of the text, the member's distribution over symbols there.
+    probabilities: by index of a token of the text, the member's probability of every symbol there, float64 (symbols,).
     observations: by index of a token of the text, what a router observes in front of it.
     """
 
@@ -61,7 +61,7 @@ class ScoredPrompt:
     first: int
     ends: Offsets
     logprobs: Floats
-    distributions: dict[int, Candidates] = field(default_factory=dict)
+    probabilities: dict[int, Floats] = field(default_factory=dict)
     observations: dict[int, Observation] = field(default_factory=dict)
 
     @property
@@ -120,7 +120,7 @@ def prompt_tokens(
             continue
         observation = observes if observes is not None and observes.member == i else None
         symbols = unit.without_owner(members[i].symbols) if count else None
-        take = _keep(part, {*firsts[i]}, symbols, observation)
+        take = _keep(part, {*firsts[i]}, symbols, unit.end + 1, observation)
         hidden = observation is not None and observation.hidden
         part.logprobs[part.unpreceded :] = yield from _read(
             i, sessions[i], part.ids, part.first + part.unpreceded, take, hidden=hidden
@@ -140,8 +140,8 @@ def prompt_tokens(
     tops = {}
     if count:
         for segment in np.flatnonzero(~unknown).tolist():
-            average = mix([(weights[segment, i], part.distributions[firsts[i][segment]]) for i, part in scored.items()])
-            tops[segment] = symbol_logprobs(unit, average, count)
+            rows = [part.probabilities[firsts[i][segment]] for i, part in scored.items()]
+            tops[segment] = symbol_logprobs(unit, weights[segment, [*scored]] @ rows, count)
     logprobs = np.where(unknown, np.nan, mixture_logprobs(table, weights))
     return _tokens(text, common, [members[i].name for i in shares.argmax(axis=1)], logprobs, tops)
 
@@ -171,7 +171,7 @@ def rule_prompt_tokens(
         with np.errstate(divide="ignore"):
             first.logprobs[place] = np.log(combined[targets[place]])
         if count:
-            tops[place] = symbol_logprobs(unit, support(np.arange(len(combined)), combined), count)
+            tops[place] = symbol_logprobs(unit, combined, count)
         return True
 
     yield from given.read(range(max(part.unpreceded for part in scored), len(targets)), POSITIONS, take)
@@ -227,10 +227,11 @@ def _read(
     return logprobs
 
 
-def _keep(part: ScoredPrompt, wanted: set[int], symbols: Ids | None, observes: Observes | None) -> TakeRow:
+def _keep(part: ScoredPrompt, wanted: set[int], symbols: Ids | None, size: int, observes: Observes | None) -> TakeRow:
     """Return what keeps in a prompt what is wanted of rows in front of some tokens of the text, by index.
 
-    symbols: of each id, int64 (vocab,), where the member's distribution is wanted. observes: what a router observes.
+    symbols: of each id, int64 (vocab,), where the member's distribution is wanted. size: how many symbols there are.
+    observes: what a router observes.
     """
 
     def take(position: int, row: Logits, state: HiddenStates | None) -> None:
@@ -239,7 +240,7 @@ def _keep(part: ScoredPrompt, wanted: set[int], symbols: Ids | None, observes: O
             part.observations[number] = observation(row, observes, state)
         if number in wanted and symbols is not None:
             tokens = np.flatnonzero(symbols >= 0)
-            part.distributions[number] = pool(symbols[tokens], log_softmax(row)[tokens])
+            part.probabilities[number] = np.bincount(symbols[tokens], softmax(row)[tokens], size)
 
     return take
 
@@ -266,9 +267,10 @@ def _tokens(
     )
 
 
-def symbol_logprobs(unit: Unit, distribution: Candidates, count: int) -> tuple[TopLogprob, ...]:
-    """Return the most likely symbols of a distribution."""
-    return tuple(TopLogprob(unit.symbol_bytes(u), logprob) for u, logprob in top_logprobs(distribution, count))
+def symbol_logprobs(unit: Unit, probabilities: Floats, count: int) -> tuple[TopLogprob, ...]:
+    """Return the most likely symbols of a distribution, float64 (symbols,)."""
+    top = top_logprobs(support(np.arange(len(probabilities)), probabilities), count)
+    return tuple(TopLogprob(unit.symbol_bytes(symbol), logprob) for symbol, logprob in top)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mixlm.fitting.gate_trainer import gradients
 from mixlm.fitting.gates import choose_inputs, mixture_loss, train_gate, untrained
 from mixlm.fitting.likelihood import expectation_maximisation
 from mixlm.routing import LearnedRouter
+from mixlm.routing.base import describe_router
 from mixlm.routing.features import FEATURES
 from mixlm.routing.gate import Gate
 from mixlm.routing.gate_router import TOP_K_FEATURES, GateInputs, GateRouter, load_router, top_k_features
@@ -203,8 +204,14 @@ def test_two_files_of_different_gates_are_told_apart(tmp_path: Path) -> None:
 
 def test_old_files_are_read_and_a_file_that_lacks_something_names_it(tmp_path: Path) -> None:
     path = tmp_path / "gate.json"
-    LearnedRouter(np.zeros((2, FEATURES)), ["a", "b"]).save(path)
-    assert isinstance(load_router(path), LearnedRouter)
+    LearnedRouter(np.arange(2.0 * FEATURES).reshape(2, FEATURES) / 7, ["a", "b"]).save(path)
+    router = LearnedRouter.load(path)
+    assert describe_router(router) == "LearnedRouter bd5201d7380456da"  # folders begun before gates continue
+    assert describe_router(router.for_members(["b", "a"])) == "LearnedRouter 76e76083b0e1296f"
+    gate = GateRouter(router.gate, router.names, router.inputs)
+    gate.save(path)
+    with pytest.raises(ConfigError, match=r"the gate in .* is not a linear one"):
+        LearnedRouter.load(path)
     path.write_text('{"kind": "gate"}')
     with pytest.raises(ConfigError, match="'version' is missing"):
         load_router(path)

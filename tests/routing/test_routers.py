@@ -184,6 +184,7 @@ def gate(tmp_path: Path) -> Path:
             f'{{"kind": "learned", "members": ["a"], "matrix": [{[float("nan")] * FEATURES}]}}',
             "is not a learned router",
         ),
+        (f'{{"kind": "learned", "members": ["a"], "matrix": [{[1e39] * FEATURES}]}}', "finite numbers of 32 bits"),
     ],
 )
 def test_a_file_without_a_router_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:

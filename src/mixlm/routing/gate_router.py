@@ -222,6 +222,25 @@ class LearnedRouter(GateRouter):
         super().__init__(gate, names, GateInputs(("text",)))
         self.matrix = matrix
 
+    @property
+    def digest(self) -> str:
+        """What tells it from gates with other numbers."""
+        return hashlib.sha256(self.matrix.tobytes() + np.asarray(self.members).tobytes()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, path: str | Path) -> LearnedRouter:
+        """Read a linear gate on the text. Raises ConfigError if the file is not one."""
+        router = load_router(path)
+        if not isinstance(router, cls):
+            raise ConfigError(
+                f"the gate in {path} is not a linear one on the text alone", "name it in an ensemble file"
+            )
+        return router
+
+    def for_members(self, names: Sequence[str]) -> LearnedRouter:
+        """Return the router for the same members in another order."""
+        return LearnedRouter(self.matrix[[self.names.index(name) for name in names]], names)
+
     @classmethod
     def of(cls, gate: Gate, names: Sequence[str]) -> LearnedRouter:
         """Return the router of a linear gate on the text, whose last feature is 1."""
@@ -243,6 +262,7 @@ def load_router(path: str | Path) -> GateRouter:
         if form["kind"] != "learned":
             raise ValueError(f"its kind is {form['kind']!r}")
         matrix, names = np.array(form["matrix"], dtype=np.float64), [str(name) for name in form["members"]]
-        if matrix.shape != (len(names), FEATURES) or not np.isfinite(matrix).all():
-            raise ValueError(f"its matrix is not one of {len(names)} × {FEATURES} finite numbers")
+        # Weights are computed in float32, in which larger numbers are infinite.
+        if matrix.shape != (len(names), FEATURES) or not (np.abs(matrix) <= np.finfo(np.float32).max).all():
+            raise ValueError(f"its matrix is not one of {len(names)} × {FEATURES} finite numbers of 32 bits")
         return LearnedRouter(matrix, names)

@@ -149,8 +149,9 @@ def fit(
         _check_rule_fit(shared, texts, unused)
         parts = {name: split_text(text, holdout) for name, text in texts.items()}
         if router is not None:
-            cost, cache = price or 0.0, not no_cache
-            return fit_gate(shared, config, parts, router, kind, cost, cache=cache, output=output, as_json=as_json)
+            return fit_gate(
+                shared, config, parts, router, kind, price or 0.0, cache=not no_cache, output=output, as_json=as_json
+            )
         return fit_strength(shared, config, parts, output=output, as_json=as_json)
     if price is not None:
         raise UsageError("--price is of a gate of rule defer", "add --rule defer and --router FILE")

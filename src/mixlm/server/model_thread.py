@@ -235,17 +235,20 @@ class ModelThread:
     def _deliver(self, events: list[tuple[Job, JobEvent | None]]) -> None:
         """Pass events to their jobs. None means that the generations of a cancelled job have ended."""
         for job, event in events:
+            ended = 0
             match event:
                 case None | JobFailed():
-                    self._end(job, job.unfinished)
+                    ended = job.unfinished
                 case TokensGenerated(completion=Completion()):
-                    self._end(job, 1)
+                    ended = 1
+            if ended:
+                self._end_times.extend([time.monotonic()] * ended)
+                self._end(job, ended)
             if event is not None and not job.cancelled:
                 job.events.put_nowait(event)
 
     def _end(self, job: Job, count: int) -> None:
         """Free the places of generations that have ended."""
-        self._end_times.append(time.monotonic())
         job.unfinished -= count
         if job.unfinished == 0:
             self._jobs.discard(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import threading
 import time
@@ -357,6 +358,22 @@ def test_cancelled_work_counts():
         assert server.metric("mixlm_forwards_total") >= server.metric("mixlm_tokens_total") >= 4
 
 
+def test_jobs_that_fail_before_they_start_do_not_shorten_the_wait():
+    async def run():
+        model_thread = ModelThread(ServerLimits(max_batch=1, max_queue=3))
+        model_thread.start()
+        model_thread.admit(Job("a", 1))
+        for _ in range(40):
+            model_thread.admit(job := Job("a", 1))
+            model_thread.fail(job, EngineError("refused"))
+        with pytest.raises(ApiError) as refused:
+            model_thread.admit(Job("a", 4))
+        await model_thread.stop()
+        assert refused.value.headers["retry-after"] == "4"
+
+    asyncio.run(run())
+
+
 def test_jobs_are_refused_while_the_thread_does_not_run():
     model_thread = ModelThread(ServerLimits())
     with pytest.raises(ApiError, match="about to stop"):
@@ -395,6 +412,12 @@ def test_usage_counts_tokens_generated_without_a_member():
         members = server.chat(max_tokens=20, seed=1).json()["usage"]["mixlm"]["members"]
     assert members["stays"]["tokens"] + members["goes"]["tokens"] == 20
     assert (members["stays"]["dropped"], members["goes"]["dropped"] > 5) == (0, True)
+
+
+def test_only_whole_requests_have_buckets_of_minutes(toys):
+    toys.chat(max_tokens=1)
+    buckets = re.findall(r'^(\w+)_bucket{.*le="600.0"', toys.client.get("/metrics").text, re.MULTILINE)
+    assert set(buckets) == {"mixlm_request_seconds"}
 
 
 def test_older_names_of_metrics_go_on_counting(toys):

@@ -251,6 +251,16 @@ def test_a_head_that_is_too_large_is_refused(toys, line, end):
     assert toys.client.get("/health", headers={"X-Long": "x" * 50_000}).status_code == 200
 
 
+def test_the_head_after_a_long_body_may_come_with_it(toys):
+    body = {"prompt": "one " * 10, "max_tokens": 1, "user": "x" * 70_000}
+    with raw_connection(toys.url, request_bytes(body, "/v1/completions") + b"GET /health HTT") as connection:
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        time.sleep(0.1)
+        connection.recv(1 << 20)
+        connection.sendall(b"P/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 200"
+
+
 def test_an_endless_head_during_a_response_is_cut_off():
     with running(endless(0.01)) as server:
         connection = raw_connection(server.url, request_bytes({"messages": HELLO, "stream": True, "max_tokens": 3000}))

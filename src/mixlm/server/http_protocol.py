@@ -24,6 +24,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     # Of the current head: of the fields that the parser returned, and of all data. It holds back incomplete fields.
     _field_bytes = _received_bytes = 0
+    _message_ended = False
 
     @property
     def _head_bytes(self) -> int:
@@ -37,9 +38,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Process data; the timer runs while no complete head has arrived."""
-        is_idle, scope = self.cycle is None or self.cycle.response_complete, self.scope
+        self._message_ended = False
         super().data_received(data)
-        if is_idle or self.scope is scope:  # else the end of another request is in it
+        if not self._message_ended:  # else not all of it is the current head
             self._received_bytes += len(data)
         if self._head_bytes > self.max_head_bytes and not self.transport.is_closing():
             self.send_400_response("")
@@ -57,6 +58,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Start a head."""
         self._field_bytes = self._received_bytes = 0
         super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        """End a request."""
+        self._message_ended = True
+        super().on_message_complete()
 
     def on_url(self, url: bytes) -> None:
         """Add to the request target. Raises ValueError, which ends the parser, for a head that is too large."""

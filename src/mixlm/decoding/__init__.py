@@ -107,7 +107,7 @@ def check_unit_method(method: str, unit: str, rule: AnyRule | None = None) -> No
         check_whole_tokens(rule, full_distributions=traits.full_distributions)
     if method not in traits.methods:
         raise UnsupportedError(
-            f"{method} does not work with the unit {unit}: it needs a member's full distribution over {unit}s, which "
-            "one forward pass does not give",
+            f"{method} does not work with the unit {unit} ({', '.join(traits.methods)} do): it needs a member's full "
+            f"distribution over {unit}s, which one forward pass does not give",
             f"use --method mixture, or --unit piece with {method}",
         )

@@ -195,6 +195,7 @@ def _check_unit(body: CommonFields, extras: Extras, settings: GenerationOptions,
         check_unit_method(settings.method, unit, settings.rule)
     except UnsupportedError as error:
         refusal = to_api_error(error)
+        refusal.code = "unsupported_field"
         if refusal.param == "mixlm.rule":
             refusal.param = "mixlm.rule" if extras.unit is None else "mixlm.unit"
         elif extras.method is None and body.temperature == 0:

@@ -17,6 +17,7 @@ from pydantic import (
     Json,
     StringConstraints,
     ValidationError,
+    ValidatorFunctionWrapHandler,
     create_model,
     field_validator,
     model_validator,
@@ -109,10 +110,14 @@ class StrictBody(BaseModel):
         if not isinstance(fields, dict):
             return fields
         _refuse_many(fields)
-        for name, (allowed, why) in cls.neutral.items():
+        for name, value in fields.items():
             # Equal values of another type, as 1 and True are, mean something else.
-            value = fields.get(name)
-            if value is not None and (type(value), value) not in [(type(default), default) for default in allowed]:
+            allowed, why = cls.neutral.get(name, ((), ""))
+            if (
+                why
+                and value is not None
+                and (type(value), value) not in [(type(default), default) for default in allowed]
+            ):
                 raise unsupported_field(name, why)
         known = _known_fields(cls)
         return {
@@ -271,6 +276,14 @@ class CommonFields(StrictBody):
             if value is not None and extra is not None and value != extra:
                 raise unsupported_field(name, f"mixlm.{name} has another value; leave one out")
         return self
+
+    @field_validator("guided_json", mode="wrap")
+    @classmethod
+    def _read_schema(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError("it must be a JSON schema, or its text") from None
 
     @field_validator("top_k")
     @classmethod

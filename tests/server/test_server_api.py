@@ -622,6 +622,30 @@ def test_several_ensembles_by_name():
         assert set(body["usage"]["mixlm"]["members"]) == {"toy:1"}
 
 
+@pytest.mark.parametrize(
+    ("extras", "param"),
+    [
+        ({"unit": "byte", "method": "speculative"}, "mixlm.method"),
+        ({"unit": "byte", "rule": "max"}, "mixlm.unit"),
+        ({"unit": "byte"}, "temperature"),
+    ],
+)
+def test_what_a_unit_does_not_take_is_an_unsupported_field(toys, extras, param):
+    error = toys.chat(temperature=0 if param == "temperature" else 1, mixlm=extras).json()["error"]
+    assert (error["param"], error["code"]) == (param, "unsupported_field")
+
+
+def test_the_description_knows_the_events_of_streams(toys):
+    document = toys.client.get("/openapi.json").json()
+    for path, event in (("chat/completions", "ChatChunk"), ("completions", "TextCompletion")):
+        content = document["paths"][f"/v1/{path}"]["post"]["responses"]["200"]["content"]["text/event-stream"]
+        assert content["schema"]["contentSchema"] == {"$ref": f"#/components/schemas/{event}"}
+    schemas = document["components"]["schemas"]
+    assert set(schemas["Delta"]["properties"]) == {"role", "content", "tool_calls"}
+    assert set(schemas["ToolCallDelta"]["required"]) == {"index", "function"}
+    assert set(schemas["MessageCall"]["required"]) == {"id", "type", "function"}
+
+
 def test_the_description_knows_every_path_and_field(toys):
     document = toys.client.get("/openapi.json").json()
     assert set(document["paths"]["/v1/chat/completions"]) == {"post"}
@@ -706,6 +730,10 @@ BROKEN_TOOL = {"type": "function", "function": {"name": "g", "parameters": PATTE
             "there is no field response_format.schema: did you mean 'json_schema.schema'?",
         ),
         ({"messages": [{"role": "user", "content": "x " * 9000}]}, "messages", "whose context holds 4096"),
+        ({"guided_json": "no"}, "guided_json", "guided_json: it must be a JSON schema, or its text"),
+        ({"guided_json": 1}, "guided_json", "guided_json: it must be a JSON schema, or its text"),
+        ({"suffix": "end", "best_of": 3}, "suffix", "suffix cannot be honoured"),
+        ({"mixlm": {"unit": "byte", "method": "speculative"}}, "mixlm.method", "(mixture, single, auto do)"),
     ],
     ids=str,
 )

@@ -17,10 +17,11 @@ from mixlm.version import __version__
 _REFERENCE = "#/components/schemas/{model}"
 _SCHEMAS: tuple[type, ...] = (
     *(ChatBody, CompletionBody, ResponsesBody, MessagesBody),
-    *(responses.ChatCompletion, responses.TextCompletion),
+    *(responses.ChatCompletion, responses.ChatChunk, responses.TextCompletion),
     *(responses.Response, responses.Deleted, responses.MessageResponse, responses.MessagesError),
     *(responses.ModelList, responses.Model, responses.Health, responses.Error),
 )
+_EVENTS = {"ChatCompletion": "ChatChunk", "TextCompletion": "TextCompletion"}
 _COMMON_ERRORS = {"401": "The API key is missing or unknown.", "403": "The Host header is not this server's."}
 _STORED_ERRORS = {**_COMMON_ERRORS, "404": "There is no such response."}
 _COMPLETION_ERRORS = {
@@ -84,7 +85,11 @@ def _post(summary: str, body: str, schema: str, error: str = "Error") -> dict[st
     operation = _get(summary, schema, _COMPLETION_ERRORS, error=error)
     success = operation["responses"]["200"]
     success["description"] = "The completions; with stream, as server-sent events."
-    success["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    events: dict[str, Any] = {"type": "string"}
+    if schema in _EVENTS:
+        events |= {"description": "Each event's data is of contentSchema; the last one's is [DONE]."}
+        events |= {"contentMediaType": "text/event-stream", "contentSchema": _reference(_EVENTS[schema])}
+    success["content"]["text/event-stream"] = {"schema": events}
     operation["requestBody"] = {"required": True, "content": _content(body)}
     return operation
 
@@ -94,4 +99,8 @@ def _response(description: str, schema: str) -> dict[str, Any]:
 
 
 def _content(schema: str) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": _REFERENCE.format(model=schema)}}}
+    return {"application/json": {"schema": _reference(schema)}}
+
+
+def _reference(schema: str) -> dict[str, str]:
+    return {"$ref": _REFERENCE.format(model=schema)}

@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from mixlm.server.chat_schemas import CallPart
+from mixlm.server.chat_schemas import CalledFunction
 from mixlm.types import MemberUsage
 
 OpenAIFinishReason = Literal["stop", "length", "tool_calls"]
@@ -95,13 +95,37 @@ class TextLogprobs(TypedDict):
     text_offset: list[int]
 
 
+class MessageCall(TypedDict):
+    """A call in a message."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class FunctionDelta(TypedDict):
+    """A part of a call's arguments. name: in the first part."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """What a chunk adds to a call. index: of the call in its message. id, type: in the first part."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
 class AssistantMessage(TypedDict):
     """A chat completion as a message. content: null in front of calls alone."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: NotRequired[list[CallPart]]
+    tool_calls: NotRequired[list[MessageCall]]
 
 
 class _Choice(TypedDict):
@@ -125,6 +149,22 @@ class TextChoice(_Choice):
     logprobs: TextLogprobs | None
 
 
+class Delta(TypedDict):
+    """What a chunk adds to a message."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
+
+
+class ChunkChoice(_Choice):
+    """What a chunk adds to one chat completion."""
+
+    delta: Delta
+    finish_reason: OpenAIFinishReason | None
+    logprobs: ChatLogprobs | None
+
+
 class _Completion(TypedDict):
     id: str
     created: int
@@ -138,6 +178,14 @@ class ChatCompletion(_Completion):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: CompletionUsage
+
+
+class ChatChunk(_Completion):
+    """One event of a streamed /v1/chat/completions."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChunkChoice]
+    usage: NotRequired[CompletionUsage | None]
 
 
 class TextCompletion(_Completion):

@@ -240,7 +240,8 @@ def _keep(part: ScoredPrompt, wanted: set[int], symbols: Ids | None, size: int, 
             part.observations[number] = observation(row, observes, state)
         if number in wanted and symbols is not None:
             tokens = np.flatnonzero(symbols >= 0)
-            part.probabilities[number] = np.bincount(symbols[tokens], softmax(row)[tokens], size)
+            counts = np.bincount(symbols[tokens], softmax(row)[tokens], size)
+            part.probabilities[number] = counts.astype(np.float64, copy=False)
 
     return take
 

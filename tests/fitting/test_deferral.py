@@ -12,6 +12,7 @@ from scored_texts import made, speaking
 from toys import ReportingToy, make_ensemble
 
 from mixlm.core.combinations.defer import Defer
+from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.fitting import gate_trainer
 from mixlm.fitting.deferral import DeferralScores, train_deferral
@@ -112,7 +113,14 @@ def test_scores_and_the_rule_agree_and_the_file_keeps_the_gate(tmp_path: Path) -
         DeferralGate.load(tmp_path / "keep.json")
 
 
-def test_of_an_engine_that_reports_likely_tokens_alone_their_probability_is_not_known() -> None:
+def test_of_an_engine_that_reports_likely_tokens_alone_their_probability_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    normalized: list[int] = []
+    of_rows = Session.log_normalizers
+    monkeypatch.setattr(
+        Session, "log_normalizers", lambda self, rows: normalized.append(len(rows)) or of_rows(self, rows)
+    )
     reporting = ReportingToy(speaking(1), 10)
     ids = np.array(reporting.prompts.raw("abc ab cab"))
     observes = Observes(0, 10)
@@ -120,6 +128,8 @@ def test_of_an_engine_that_reports_likely_tokens_alone_their_probability_is_not_
     np.testing.assert_allclose(unknown.logprobs, known.logprobs, atol=1e-6)
     assert known.mass is not None
     assert unknown.mass is None
+    assert normalized == [1] * len(known)  # one row at a time, and none of a report
+    assert passage_states(reporting.toy.session(), Observes(0, 0, hidden=True), ids, 1, "m0").mass is None
 
 
 def test_a_is_of_the_likeliest_tokens_in_any_order() -> None:

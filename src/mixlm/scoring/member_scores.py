@@ -118,21 +118,20 @@ def passage_states(
         session.keep_hidden()
     stop = len(ids) + end
     observations: list[Observation] = []
-    masses: list[Floats] = []
+    masses: list[float] = []
+    weighed = observes.top_k > 0 and not isinstance(session, TopKOnlySession)  # whose probabilities are not known
     for start in range(first, stop, _POSITIONS):
         count = min(_POSITIONS, stop - start)
         rows = session.logits(ids[: start + count - 1], last=count)
         hidden = session.hidden_states if observes.hidden else None
         states = [None] * count if hidden is None else hidden[-count:].copy()
-        seen = [observation(row, observes, state) for row, state in zip(rows, states, strict=True)]
-        observations += seen
-        likely = np.array([observed.ids for observed in seen])
-        logits = np.where(likely < 0, -np.inf, np.take_along_axis(rows, np.maximum(likely, 0), axis=1))
-        masses.append(np.exp(logits - session.log_normalizers(rows)[:, None]).sum(axis=1))
-    states_of_all = ObservedStates.of(name, observations)
-    if isinstance(session, TopKOnlySession):  # their probability is not known
-        return states_of_all
-    return replace(states_of_all, mass=np.concatenate(masses))
+        for row, state in zip(rows, states, strict=True):
+            seen = observation(row, observes, state)
+            observations.append(seen)
+            if weighed:
+                likely = row[seen.ids[seen.ids >= 0]]
+                masses.append(float(np.exp(likely - session.log_normalizers(row[None])).sum()))
+    return replace(ObservedStates.of(name, observations), mass=np.array(masses) if weighed else None)
 
 
 def _key(passages: Sequence[Passage], encoded: Sequence[EncodedPassage]) -> Iterator[bytes]:

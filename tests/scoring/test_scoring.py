@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -375,11 +376,29 @@ def test_a_third_member_is_scored_alone(forwards: list[int]) -> None:
     assert 0 < sum(forwards) < before
 
 
-def test_a_damaged_cache_file_is_written_again(forwards: list[int], tmp_path: Path) -> None:
+def _as_npy(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
+def _shortened(path: Path) -> None:
+    with np.load(path) as file:
+        arrays = {name: array[: len(array) // 2] if array.ndim else array for name, array in file.items()}
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda path: path.write_bytes(path.read_bytes()[:100]), _as_npy, _shortened],
+    ids=["cut", "npy", "short"],
+)
+def test_a_damaged_cache_file_is_written_again(
+    forwards: list[int], tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
     toy = toys("token", 2)
     first = score(toy, TEXT, identities=["a", "b"])
     for path in (tmp_path / "scores").iterdir():
-        path.write_bytes(path.read_bytes()[:100])
+        damage(path)
     again = score(toy, TEXT, identities=["a", "b"])
     assert (first.logprobs == again.logprobs).all()
     forwards.clear()

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,12 @@ _MEGABYTES = 500.0
 
 
 def cached(
-    what: Sequence[Any], engine: Engine, model: str | None, data: Iterable[bytes], make: Callable[[], Arrays]
+    what: Sequence[Any],
+    engine: Engine,
+    model: str | None,
+    data: Iterable[bytes],
+    make: Callable[[], Arrays],
+    lengths: Mapping[str, int],
 ) -> Arrays:
     """Return arrays by name, from the cache where they are known.
 
@@ -40,6 +44,7 @@ def cached(
         model: Its model's identity; None to cache nothing.
         data: Texts and ids that they depend on.
         make: Makes them.
+        lengths: Of some arrays, by name; a file with others is made anew.
 
     Raises:
         ConfigError: `$MIXLM_SCORES_MB` is not a number.
@@ -51,12 +56,13 @@ def cached(
     for part in data:
         digest.update(len(part).to_bytes(8, "little") + part)
     path = cache_root() / "scores" / f"{digest.hexdigest()}.npz"
-    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile):  # not there, or damaged
+    with suppress(Exception):  # not there, or damaged: numpy and zipfile raise errors of many kinds
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays: Arrays = dict(file)
-        with suppress(OSError):
-            os.utime(path)
-        return arrays
+        if all(len(arrays[name]) == length for name, length in lengths.items()):
+            with suppress(OSError):
+                os.utime(path)
+            return arrays
     arrays = make()
     _write(path, arrays, _limit())
     return arrays

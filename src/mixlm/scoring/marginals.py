@@ -145,7 +145,8 @@ def cached_matches(
     def match() -> cache.Arrays:
         return asdict(match_tokens(engine, prefix, data, progress))
 
-    return TokenMatches(**cache.cached(["matches"], engine, model, [prefix.tobytes(), data], match))
+    lengths = dict.fromkeys(("word_start_mass", "end_mass"), len(data) + 1)
+    return TokenMatches(**cache.cached(["matches"], engine, model, [prefix.tobytes(), data], match, lengths))
 
 
 def byte_logprobs(matches: TokenMatches, *, end: bool = False) -> Floats:

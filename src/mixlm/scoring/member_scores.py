@@ -64,13 +64,14 @@ def member_scores(
         seconds = np.array(time.perf_counter() - start)
         return {"logprobs": np.concatenate(logprobs), "prompt_bits": np.array(bits), "seconds": seconds}
 
-    known = cache.cached(["tokens"], member.engine, model, _key(passages, encoded), read)
-    if progress is not None:
-        progress(member.name, len(passages), len(passages))
     starts = [
         np.concatenate([[0], bounds if passage.scores_end else bounds[:-1]])
         for passage, (_, bounds) in zip(passages, encoded, strict=True)
     ]
+    lengths = {"logprobs": sum(map(len, starts)), "prompt_bits": len(passages)}
+    known = cache.cached(["tokens"], member.engine, model, _key(passages, encoded), read, lengths)
+    if progress is not None:
+        progress(member.name, len(passages), len(passages))
     logprobs = np.split(known["logprobs"], np.cumsum([len(own) for own in starts])[:-1])
     parts = [
         Scores.of_passage((member.engine.name,), "token", passage, own, values[:, None], bits)
@@ -102,11 +103,12 @@ def observed_states(
         return ObservedStates.concatenate(parts).arrays()
 
     what = ["observed", observes.top_k, observes.hidden]
-    known = cache.cached(what, member.engine, model, _key(passages, encoded), read)
     following = [
         np.append(ids[len(ids) - len(bounds) :], [-1] * passage.scores_end)
         for passage, (ids, bounds) in zip(passages, encoded, strict=True)
     ]
+    lengths = dict.fromkeys(("ids", "logprobs"), sum(map(len, following)))
+    known = cache.cached(what, member.engine, model, _key(passages, encoded), read, lengths)
     return ObservedStates(member.name, **known, following=np.concatenate(following).astype(np.int64))
 
 

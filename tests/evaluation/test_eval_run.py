@@ -159,12 +159,14 @@ def test_other_settings_are_refused_by_name(task, tmp_path: Path) -> None:
         evaluate(toys(), [name], **plan, options={"top_k": 10})
     with pytest.raises(ConfigError, match=r"members\.0\.weight = 0\.7, and this run has 0\.5"):
         evaluate(toys(weights=[1, 1]), [name], **plan, options={"top_k": 5})
-    with pytest.raises(ConfigError, match=r"options\.max_tokens = null, and this run has 3"):
+    with pytest.raises(ConfigError, match=r"options\.max_tokens = nothing, and this run has 3"):
         evaluate(toys(), [name], **plan, options={"top_k": 5, "max_tokens": 3})
     with pytest.raises(
         ConfigError, match=r"was begun with router = \"FixedRouter .*, and this run has \"PromptRouter "
     ):
         evaluate(toys(router=PromptRouter(np.array([0.7, 0.3]))), [name], **plan, options={"top_k": 5})
+    with pytest.raises(ConfigError, match=r"options\.system = nothing, and this run has null"):
+        evaluate(toys(), [name], **plan, options={"top_k": 5, "system": None})
     path = tmp_path / "generate.yaml"
     path.write_text(path.read_text().replace("max_gen_toks: 6", "max_gen_toks: 7"))
     with pytest.raises(ConfigError, match=r"seed-0\.jsonl: index 0 is of another request"):

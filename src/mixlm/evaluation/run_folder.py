@@ -64,10 +64,10 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path} is not valid JSON: {error}", "give another folder") from error
     old, new = _flat(before), _flat(now)
     for key in old | new:
-        if old.get(key) != new.get(key):
+        if key not in old or key not in new or old[key] != new[key]:
+            was, has = (json.dumps(flat[key]) if key in flat else "nothing" for flat in (old, new))
             raise ConfigError(
-                f"{folder} was begun with {key} = {json.dumps(old.get(key))}, and this run has "
-                f"{json.dumps(new.get(key))}",
+                f"{folder} was begun with {key} = {was}, and this run has {has}",
                 "give another folder, or the settings and questions that this one was begun with",
             )
 

@@ -150,6 +150,10 @@ def test_other_questions_or_models_are_refused(setup: Callable[..., AccuracySetu
         measure_accuracy(toys(piece=True), {}, plan, step=0.5)
     with pytest.raises(ConfigError, match="was begun with task"):
         measure_accuracy(toys(), {}, replace(plan, name="another"), step=0.5)
+    path = plan.out / "settings.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "format"}))
+    with pytest.raises(ConfigError, match="was begun with format = nothing"):
+        measure_accuracy(toys(), {}, plan, step=0.5)
 
 
 def test_a_task_without_a_mean_over_questions_is_refused(setup: Callable[..., AccuracySetup]) -> None:

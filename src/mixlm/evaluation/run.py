@@ -33,6 +33,8 @@ from mixlm.terminal import Progress
 from mixlm.types import Ids, Message, Tool
 from mixlm.version import __version__
 
+_FORMAT = 2  # of the files of a folder, and of what models are asked; counted up where either changes
+
 
 class EvaluationOptions(TypedDict, total=False):
     """Options of `evaluate`.
@@ -222,6 +224,7 @@ def describe(ensemble: Ensemble, options: Options, chat: bool | None) -> dict[st
     names = [field.name for field in fields(ensemble.defaults) if field.name not in ("seed", "method")]
     settings = {
         "mixlm": __version__,
+        "format": _FORMAT,
         "members": members,
         "unit": ensemble.unit.name,
         "router": describe_router(ensemble.router),

@@ -416,6 +416,7 @@ def test_usage_counts_tokens_generated_without_a_member():
 
 def test_only_whole_requests_have_buckets_of_minutes(toys):
     toys.chat(max_tokens=1)
+    wait(lambda: toys.metric("mixlm_request_seconds_count") > 0)
     buckets = re.findall(r'^(\w+)_bucket{.*le="600.0"', toys.client.get("/metrics").text, re.MULTILINE)
     assert set(buckets) == {"mixlm_request_seconds"}
 

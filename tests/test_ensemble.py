@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toys import END, OPTIONS, SHARED, VOCABULARIES, engine, exact_distribution, fixed, make_ensemble, table, toys
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, MixlmError, PromptTooLongError, UnsupportedError
@@ -297,7 +297,7 @@ class TestTokens:
 
     def test_one_engine_can_be_two_members(self):
         toy = engine()
-        ensemble = Ensemble([MemberSpec(toy, "a"), MemberSpec(toy, "b", {"top_k": 1})])
+        ensemble = Ensemble([LoadedMember(toy, "a"), LoadedMember(toy, "b", {"top_k": 1})])
         completion = ensemble.generate("ab", **RAW)
         assert {token.member for token in completion.tokens} == {"a", "b"}
 
@@ -401,13 +401,13 @@ class TestRouters:
                 assert context.text == b"ab"
                 return lambda state: np.eye(2)[(state.ids(0).size - state.prompt_length(0)) % 2]
 
-        ensemble = Ensemble([MemberSpec(engine(seed=i), f"m{i}") for i in range(2)], router=Turns())
+        ensemble = Ensemble([LoadedMember(engine(seed=i), f"m{i}") for i in range(2)], router=Turns())
         completion = ensemble.generate("ab", **RAW)
         assert [token.member for token in completion.tokens] == ["m0", "m1"] * 6
 
 
 def test_messages_may_be_plain_dictionaries():
-    toy = Ensemble([MemberSpec(ToyEngine(seed=1), "toy")])
+    toy = Ensemble([LoadedMember(ToyEngine(seed=1), "toy")])
     said = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
     plain = [{"role": message.role, "content": message.content} for message in said]
     assert toy.generate(plain, seed=1, max_tokens=8).text == toy.generate(said, seed=1, max_tokens=8).text
@@ -416,7 +416,7 @@ def test_messages_may_be_plain_dictionaries():
 @pytest.mark.parametrize("wrong", [{"role": "robot", "content": "a"}, {"role": "user"}, {"content": "a"}])
 def test_what_is_no_message_is_refused(wrong):
     with pytest.raises(ConfigError, match=r"is no message.*role \(system, user, assistant, tool\)"):
-        Ensemble([MemberSpec(ToyEngine(), "toy")]).generate([wrong])
+        Ensemble([LoadedMember(ToyEngine(), "toy")]).generate([wrong])
 
 
 def test_other_weights_share_the_engines():

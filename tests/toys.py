@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.sampling import TokenHistory, dense_distribution
 from mixlm.engines.base import TextInterface
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
@@ -120,7 +120,8 @@ def make_ensemble(
 ) -> Ensemble:
     member_options = sampling or [{} for _ in engines]
     members = [
-        MemberSpec(engine, f"m{i}", mine) for i, (engine, mine) in enumerate(zip(engines, member_options, strict=True))
+        LoadedMember(engine, f"m{i}", mine)
+        for i, (engine, mine) in enumerate(zip(engines, member_options, strict=True))
     ]
     return Ensemble(members, weights, **options)
 

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.engines.requests import LogitsRequest, Request, Response, SampleRequest, SampleResponse
@@ -129,7 +129,7 @@ def with_agreement(ensemble: Ensemble, share: float) -> Ensemble:
         )
     distribution = AgreementDistribution([member.engine.vocabulary for member in ensemble.members], share)
     members = [
-        MemberSpec(AgreementEngine(member.engine, i, distribution), member.name, member.sampling)
+        LoadedMember(AgreementEngine(member.engine, i, distribution), member.name, member.sampling)
         for i, member in enumerate(ensemble.members)
     ]
     return Ensemble(

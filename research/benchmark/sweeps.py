@@ -18,7 +18,7 @@ from mixlm.benchmark.timing import (
     single_member,
     time_run,
 )
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.choices import UnitName
 from mixlm.core.options import Options
 from mixlm.engines.base import Session
@@ -227,7 +227,7 @@ def _members(task: _SweepTask) -> _SweepResult:
     first = task.ensemble.members[0]
     places: list[_Place] = []
     for count in _whole(task.plan.places, 1) or MEMBERS:
-        copies = [MemberSpec(first.engine.replica(), f"{first.name}-{i + 1}", first.sampling) for i in range(count)]
+        copies = [LoadedMember(first.engine.replica(), f"{first.name}-{i + 1}", first.sampling) for i in range(count)]
         copied = Ensemble(copies, unit=_unit(task.ensemble), defaults=task.ensemble.defaults)
         places += [
             _Place(count, contestant.label, contestant, copied)

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 
 from mixlm.benchmark.timing import EnsembleContestant
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines import EngineSpec
 from mixlm.engines.batching import SequenceInput, SequenceOutput
 from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
@@ -31,7 +31,7 @@ METHODS, LENGTHS, TOP_K = ("mixture", "speculative"), (20, 1000, 7000), 20
 def main() -> None:
     tokens, repeats = (int(number) for number in (*sys.argv[1:], 400, 5)[:2])
     engines = [DummyWeightsEngine(EngineSpec(f"shape:tiny#{i}", "", "bfloat16", "cpu"), TINY) for i in (1, 2)]
-    pair = Ensemble([MemberSpec(engine, f"tiny-{i}") for i, engine in enumerate(engines)])
+    pair = Ensemble([LoadedMember(engine, f"tiny-{i}") for i, engine in enumerate(engines)])
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(64, TINY["vocab_size"])).astype(np.float32)
     likely = np.sort(rng.choice(TINY["vocab_size"], TOP_K, replace=False))

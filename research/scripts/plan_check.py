@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines import EngineSpec, load
 from mixlm.ensemble import Ensemble
 from mixlm.generation.scheduler import Scheduler
@@ -67,7 +67,7 @@ def main() -> None:
     running = [started(str(find_gguf(name).path), AT_ONCE + 1, 512) for name in arguments.models.split(",")]
     try:
         engines = [load(EngineSpec(url, f"member-{i}")) for i, (_, url) in enumerate(running)]
-        pair = Ensemble([MemberSpec(engine, engine.name) for engine in engines])
+        pair = Ensemble([LoadedMember(engine, engine.name) for engine in engines])
         costs: PlanCosts = measure(pair, max_batch=AT_ONCE)
         for name, cost in costs.members.items():
             parts = " + ".join(f"{1000 * value:.2f}" for value in (cost.forward, cost.sequence, cost.token))

@@ -32,7 +32,7 @@ from statistics import median
 import httpx
 
 import mixlm
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines import EngineSpec, load
 from mixlm.ensemble import Ensemble
 from mixlm.models.gguf import find_gguf
@@ -194,7 +194,7 @@ def main() -> None:
     try:
         urls = [url for _, url in running]
         engines = [load(EngineSpec(url, f"{name}-{i}")) for i, (name, url) in enumerate(zip(names, urls, strict=True))]
-        pair = Ensemble([MemberSpec(engine, engine.name) for engine in engines])
+        pair = Ensemble([LoadedMember(engine, engine.name) for engine in engines])
         heard = [Heard() for _ in engines]
         for engine, ear in zip(engines, heard, strict=True):
             ear.on(engine.replicas[0].client)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MemberSpec:
+class LoadedMember:
     """A loaded member: its engine, the name it is shown by, its own sampling options, and its role in a rule.
 
     processor: what changes its logits first: see `Ensemble.with_logits_processors`.
@@ -40,7 +40,7 @@ class MemberSpec:
     processor: LogitsProcessor | None = None
 
 
-def check_two_prompts(rule: Combination | None, members: Sequence[MemberSpec], prompts: Sequence[Ids]) -> None:
+def check_two_prompts(rule: Combination | None, members: Sequence[LoadedMember], prompts: Sequence[Ids]) -> None:
     """Raise ConfigError where a rule is of two prompts of one model, and the prompts, a member each, are the same."""
     if rule is None or not rule.two_prompts:
         return
@@ -56,14 +56,17 @@ def check_two_prompts(rule: Combination | None, members: Sequence[MemberSpec], p
 class Binder:
     """What an ensemble is made of, to be bound to the options of a generation. weights: float64 (members,)."""
 
-    members: Sequence[MemberSpec]
+    members: Sequence[LoadedMember]
     weights: Floats
     unit: Unit
     router: Router
     grammars: GrammarCache
 
     def context(self, settings: GenerationOptions, sessions: Sequence[Session] | None = None) -> GenerationContext:
-        """Return what `Ensemble.context` does."""
+        """Bind the members to `settings`.
+
+        Returns what generations with them need. sessions: reused if given, one for each member.
+        """
         self._check(settings)
         keeps_sessions = sessions is not None
         sessions = sessions or [member.engine.session() for member in self.members]
@@ -232,7 +235,7 @@ class Binder:
         observes = observed_by(self.router) if settings.method != "single" else None
         grammars = [None] * len(self.members) if language is None else self.grammars.for_language(language)
         members = []
-        for i, (spec, grammar) in enumerate(zip(self.members, grammars, strict=True)):
+        for i, (member, grammar) in enumerate(zip(self.members, grammars, strict=True)):
             symbols, bias = self.unit.symbols(i), None
             if settings.ignore_end:
                 symbols = np.where(symbols == self.unit.end, -1, symbols)
@@ -241,29 +244,29 @@ class Binder:
 
                 bias = member_logit_bias(
                     settings.logit_bias,
-                    spec.engine.vocabulary,
+                    member.engine.vocabulary,
                     symbols,
-                    member=spec.name,
+                    member=member.name,
                     unit=self.unit.name,
                     shared_vocabulary=traits.shared_vocabulary,
                 )
-            transform = Transform(settings.member_sampling(spec.sampling), np.flatnonzero(symbols < 0), bias)
-            # Of the other members, `Member` says what their engines cannot do.
-            if spec.engine.top_k_limit is not None and bias is None and spec.processor is None:
+            transform = Transform(settings.member_sampling(member.sampling), np.flatnonzero(symbols < 0), bias)
+            # For the remaining cases, `Member.__post_init__` raises what the engine cannot do.
+            if member.engine.top_k_limit is not None and bias is None and member.processor is None:
                 if grammar is not None:
-                    _report_allowed(spec.engine, transform)
+                    _report_allowed(member.engine, transform)
                 elif target is not None and transform.sampling == PLAIN_SAMPLING:
-                    transform = _report_transform(target, settings, spec, transform)
+                    transform = _report_transform(target, settings, member, transform)
             is_observed = observes is not None and observes.member == i
             members.append(
                 Member(
-                    spec.engine,
-                    spec.name,
+                    member.engine,
+                    member.name,
                     transform,
                     symbols,
                     settings.top_logprobs,
                     grammar,
-                    spec.processor,
+                    member.processor,
                     samples_only=samples_only and not is_observed,
                 )
             )
@@ -277,14 +280,14 @@ def _report_allowed(engine: Engine, transform: Transform) -> None:
 
 
 def _report_transform(
-    target: RuleTarget, settings: GenerationOptions, spec: MemberSpec, transform: Transform
+    target: RuleTarget, settings: GenerationOptions, member: LoadedMember, transform: Transform
 ) -> Transform:
     """Return the transform of a member whose engine reports its most likely tokens, and whose sampling is plain.
 
     Bounds on what it does not report are enough for some rules; for others it has to report every token. Raises
     UnsupportedError where something needs every token's probability, and the engine reports fewer.
     """
-    engine, rule, limit = spec.engine, target.rule, spec.engine.top_k_limit
+    engine, rule, limit = member.engine, target.rule, member.engine.top_k_limit
     assert limit is not None
     needs_whole = {
         f"method {settings.method}": settings.method not in ("layered", "greedy"),
@@ -297,7 +300,7 @@ def _report_transform(
         return ReportTransform(transform.banned, limit)
     if not engine.reports_all:
         raise UnsupportedError(
-            f"{reason} needs every token's probability here, and {spec.name} reports its {engine.max_top_k} most "
+            f"{reason} needs every token's probability here, and {member.name} reports its {engine.max_top_k} most "
             "likely at most",
             "use --engine hf (engine='hf')",
         )

@@ -10,7 +10,7 @@ from html import escape
 from itertools import starmap
 from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
-from mixlm.binding import Binder, MemberSpec, check_two_prompts
+from mixlm.binding import Binder, LoadedMember, check_two_prompts
 from mixlm.choices import UnitName
 from mixlm.core.grammar import GrammarCache
 from mixlm.core.mixing import normalized_weights
@@ -59,7 +59,7 @@ class Ensemble:
 
     def __init__(
         self,
-        members: Sequence[MemberSpec],
+        members: Sequence[LoadedMember],
         weights: Sequence[float] | None = None,
         *,
         unit: UnitName | Unit = "auto",

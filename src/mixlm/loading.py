@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.choices import DType, Graphs, Method, Quantization, UnitName
 from mixlm.config import EnsembleConfig, MemberConfig, RouterConfig, parse_config, read_config
 from mixlm.core.mixing import normalized_weights
@@ -237,7 +237,7 @@ def load_config(  # noqa: PLR0913 - one option each
     elif config.router.kind == "prompt":
         check_full_distributions(config, "the router by prompt")
     engines = {} if engines is None else engines
-    members: list[MemberSpec] = []
+    members: list[LoadedMember] = []
     for member in config.members:
         spec_fields = member.model_dump(include={field.name for field in fields(EngineSpec)})
         sharing = sum(other.model == member.model for other in config.members)
@@ -252,7 +252,7 @@ def load_config(  # noqa: PLR0913 - one option each
             engines[key] = _load_or_share(spec, engines, progress, load_engine)
         name = _unique_name(member.name or engines[key].name, [other.name for other in members])
         sampling = {**config.sampling.options(), **member.sampling.options()}
-        members.append(MemberSpec(engines[key], name, sampling, member.role))
+        members.append(LoadedMember(engines[key], name, sampling, member.role))
     names = [member.name for member in members]
     rule_options = _rule_options(config, names) if rule is None else {"rule": rule}
     if rule is not None and config.method == "single":

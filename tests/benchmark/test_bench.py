@@ -12,7 +12,7 @@ import pytest
 from mixlm.benchmark import BenchPlan, bench
 from mixlm.benchmark.measure import rival_ratios, speed_ratios
 from mixlm.benchmark.timing import TimedRun, contestants, default_draft_name
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines.requests import Forward
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
@@ -23,7 +23,7 @@ from mixlm.routing.gate_router import GateInputs
 
 @pytest.fixture
 def pair() -> Ensemble:
-    return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], [3, 1])
+    return Ensemble([LoadedMember(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], [3, 1])
 
 
 def test_every_method_is_measured(pair: Ensemble) -> None:
@@ -109,7 +109,7 @@ def test_the_drafts_of_the_report_are_those_of_the_strategies() -> None:
         engines = [ToyEngine(seed=i) for i in (1, 2)]
         for engine, size in zip(engines, sizes, strict=True):
             engine.weights_bytes = size
-        ensemble = Ensemble([MemberSpec(engine, f"toy-{i + 1}") for i, engine in enumerate(engines)])
+        ensemble = Ensemble([LoadedMember(engine, f"toy-{i + 1}") for i, engine in enumerate(engines)])
         assert default_draft_name(ensemble) == expected
         settings = ensemble.settings(method="speculative", seed=0)
         writer = ensemble.context(settings)

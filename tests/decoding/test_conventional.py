@@ -18,7 +18,7 @@ from toys import (
     written,
 )
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.combinations.average import Average
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import dense_distribution
@@ -127,10 +127,10 @@ def test_engines_on_devices_of_their_own_work_at_once():
             return super().respond(requests)
 
     engines = [Waiting(seed=1, name="a"), Waiting(seed=2, name="b")]
-    in_turn = Ensemble([MemberSpec(ToyEngine(seed=i), f"m{i}") for i in (1, 2)])
+    in_turn = Ensemble([LoadedMember(ToyEngine(seed=i), f"m{i}") for i in (1, 2)])
     for i, engine in enumerate(engines):
         engine.device = f"device {i}"
-    at_once = Ensemble([MemberSpec(engine, engine.name) for engine in engines])
+    at_once = Ensemble([LoadedMember(engine, engine.name) for engine in engines])
     options = {"method": "conventional", "seed": 3, "max_tokens": 8}
     assert at_once.generate("hello", **options).text == in_turn.generate("hello", **options).text
 
@@ -142,13 +142,13 @@ def test_a_failing_engine_among_several_is_heard():
 
     first, other = ToyEngine(seed=1, name="a"), Failing(seed=2, name="b")
     other.device = "another"
-    pair = Ensemble([MemberSpec(first, "a"), MemberSpec(other, "b")])
+    pair = Ensemble([LoadedMember(first, "a"), LoadedMember(other, "b")])
     with pytest.raises(MemoryLimitError):
         pair.generate("hello", method="conventional")
 
 
 def test_options_of_single_members_are_not_dropped_by_mixing_first():
-    pair = Ensemble([MemberSpec(ToyEngine(seed=1), "a"), MemberSpec(ToyEngine(seed=2), "b", {"temperature": 0.3})])
+    pair = Ensemble([LoadedMember(ToyEngine(seed=1), "a"), LoadedMember(ToyEngine(seed=2), "b", {"temperature": 0.3})])
     with pytest.raises(UnsupportedError, match="options of their own"):
         pair.generate("hello", method="conventional", mix_then_truncate=True)
     options = {"method": "conventional", "mix_then_truncate": True, "temperature": 0.5, "max_tokens": 2, "seed": 1}

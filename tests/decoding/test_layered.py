@@ -21,7 +21,7 @@ from toys import (
     written,
 )
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.combinations import Combination, combination
 from mixlm.core.combinations.average import Average
 from mixlm.core.options import GenerationOptions
@@ -331,7 +331,8 @@ def test_roles_say_which_member_is_which():
 
     def distribution(*roles):
         members = [
-            MemberSpec(toy, f"m{i}", {}, role) for i, (toy, role) in enumerate(zip([first, second], roles, strict=True))
+            LoadedMember(toy, f"m{i}", {}, role)
+            for i, (toy, role) in enumerate(zip([first, second], roles, strict=True))
         ]
         return strategy_distribution(Ensemble(members), options)[0]
 
@@ -386,7 +387,7 @@ def test_a_rule_beside_a_method_without_one_is_refused():
 
 def test_guidance_between_equal_prompts_is_refused():
     one = engine()
-    ensemble = Ensemble([MemberSpec(one, "m0"), MemberSpec(one, "m1")])
+    ensemble = Ensemble([LoadedMember(one, "m0"), LoadedMember(one, "m1")])
     with pytest.raises(ConfigError, match="both prompts of rule guidance are the same, so it changes nothing"):
         ensemble.generate("ab", raw=True, rule="guidance")
     ensemble.generate("ab", raw=True, rule="geometric", max_tokens=1)
@@ -397,7 +398,7 @@ def test_guidance_between_equal_prompts_is_refused():
 @pytest.mark.parametrize("draft", [{}, {"draft": "none"}, {"draft": "lookup"}])
 def test_both_prompts_of_guidance_run_in_one_forward(draft):
     shared = engine()
-    members = [MemberSpec(shared, "m0"), MemberSpec(shared, "m1")]
+    members = [LoadedMember(shared, "m0"), LoadedMember(shared, "m1")]
     ensemble = Ensemble(members).with_logits_processors({"m1": lambda ids, logits: logits / 2})
     calls, respond = [], shared.respond
 

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import mixlm
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines import EngineSpec
 from mixlm.engines.contract import *  # noqa: F403
 from mixlm.engines.contract import assert_close, random_ids, uncached
@@ -170,7 +170,7 @@ def test_few_sequences_at_a_time_have_captured_forwards(load: Load) -> None:
 def test_texts_do_not_depend_on_graphs(load_once: Load, method: Any) -> None:
     texts = []
     for graphs in ("on", "off"):
-        pair = Ensemble([MemberSpec(load_once(kind, graphs), kind) for kind in ("qwen2", "llama")])
+        pair = Ensemble([LoadedMember(load_once(kind, graphs), kind) for kind in ("qwen2", "llama")])
         texts.append([pair.generate("the river", method=method, max_tokens=60, seed=seed).text for seed in (1, 2)])
     assert texts[0] == texts[1]
     assert texts[0][0] != texts[0][1]

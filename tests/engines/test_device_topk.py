@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_transformers_engine import build
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec
@@ -109,7 +109,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[HFEngine]:
 def test_texts_are_those_of_whole_rows(
     pair: list[HFEngine], method: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = Ensemble([MemberSpec(engine, f"m{index}") for index, engine in enumerate(pair)], [0.6, 0.4])
+    both = Ensemble([LoadedMember(engine, f"m{index}") for index, engine in enumerate(pair)], [0.6, 0.4])
     texts = []
     for largest in (None, DeviceTopK()):
         for tensor in pair:

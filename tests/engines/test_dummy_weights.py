@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.config import EnsembleConfig, MemberConfig
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.contract import *  # noqa: F403
@@ -112,11 +112,11 @@ def test_many_sequences_run_in_one_forward(engine: DummyWeightsEngine) -> None:
 
 def test_shapes_and_toys_share_a_vocabulary() -> None:
     engines = [tiny(), tiny(SMALLER), ToyEngine()]
-    ensemble = Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)])
+    ensemble = Ensemble([LoadedMember(engine, f"m{i}") for i, engine in enumerate(engines)])
     assert ensemble.unit.name == "token"
     drawable = [set(ensemble.unit.symbols(i)) - {-1, ensemble.unit.end} for i in range(3)]
     assert drawable[0] == drawable[1] == drawable[2] == set(range(len(WORD_TOKENS)))
-    two = Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines[:2])])
+    two = Ensemble([LoadedMember(engine, f"m{i}") for i, engine in enumerate(engines[:2])])
     assert (two.unit.symbols(1) >= 0).sum() == 350 - 1  # all but the begin mark
     completion = two.generate("the river", max_tokens=5, seed=1)
     assert completion.usage.tokens == 5
@@ -149,7 +149,7 @@ def test_a_second_model_of_a_shape_has_weights_of_its_own(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_answers_to_several_questions_are_scored_in_few_passes(engine: DummyWeightsEngine, ends: bool) -> None:
-    ensemble = Ensemble([MemberSpec(engine, "tiny")])
+    ensemble = Ensemble([LoadedMember(engine, "tiny")])
     questions = [" the river" * count for count in (9, 3, 14, 80)]
     pairs = [(question, answer) for question in questions for answer in (" the", " the river the", " river" * 9)]
     passes: list[int] = []

@@ -19,7 +19,7 @@ pytest.importorskip("llguidance")
 
 from test_remote import QUICK, cache, file, folder, llama  # noqa: F401
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.sampling import softmax
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
@@ -145,7 +145,7 @@ def test_texts_are_those_of_the_same_models_with_whole_rows(request, folder, kin
     remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
     own = whole(remote, random_table(260, 5))
     pairs = [
-        Ensemble([MemberSpec(engine, "a"), MemberSpec(own, "b")], [0.6, 0.4], unit=unit)
+        Ensemble([LoadedMember(engine, "a"), LoadedMember(own, "b")], [0.6, 0.4], unit=unit)
         for engine in (remote, whole(remote, fake.logits))
     ]
     methods = ("mixture", "conventional", "speculative", "greedy", "layered")
@@ -164,7 +164,7 @@ def test_the_most_likely_text_needs_no_top_k(vllm, folder, unit):  # noqa: F811
     remote = RemoteEngine(EngineSpec(vllm.url, ""), folder, QUICK)
     own = whole(remote, random_table(260, 5))
     pairs = [
-        Ensemble([MemberSpec(engine, "a"), MemberSpec(own, "b")], [0.6, 0.4], unit=unit)
+        Ensemble([LoadedMember(engine, "a"), LoadedMember(own, "b")], [0.6, 0.4], unit=unit)
         for engine in (remote, whole(remote, vllm.logits))
     ]
     for options in ({"max_tokens": 8}, {"json_schema": SCHEMA}, {"json_schema": SCHEMA, "top_logprobs": 2}):
@@ -184,7 +184,7 @@ def test_members_in_llamacpp_and_behind_a_server_call_tools(vllm, folder, tmp_pa
     vllm.models = [{"id": "fake", "max_model_len": 2048}]
     local = load(EngineSpec(str(path), "", "float32", engine="llamacpp", slots=2))
     remote = RemoteEngine(EngineSpec(vllm.url, ""), folder, QUICK)
-    ensemble = Ensemble([MemberSpec(local, "a"), MemberSpec(remote, "b")], [0.5, 0.5])
+    ensemble = Ensemble([LoadedMember(local, "a"), LoadedMember(remote, "b")], [0.5, 0.5])
     for seed, choice in enumerate(("required", "get_weather")):
         completion = ensemble.generate(
             "Oslo?", tools=[TOOL], tool_choice=choice, parallel_tool_calls=False, seed=seed, max_tokens=300, top_k=20
@@ -213,7 +213,7 @@ def test_a_server_without_given_ids_refuses_grammars_by_name(folder):  # noqa: F
     try:
         remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
         assert not remote.takes_ids
-        ensemble = Ensemble([MemberSpec(remote, "a")])
+        ensemble = Ensemble([LoadedMember(remote, "a")])
         for language, name in (({"json_schema": SCHEMA}, "json_schema"), ({"tools": [TOOL]}, "tools")):
             with pytest.raises(UnsupportedError, match=f"{name} allows tokens.*likely tokens of all") as raised:
                 ensemble.generate("abc", **language)

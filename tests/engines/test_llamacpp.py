@@ -17,7 +17,7 @@ from mixlm.engines.contract import random_ids
 pytest.importorskip("xllamacpp")
 
 import mixlm
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.config import parse_config
 from mixlm.core.sampling import softmax
 from mixlm.engines import EngineSpec, load, runs_as_gguf
@@ -68,7 +68,7 @@ def engine(file) -> Engine:
 
 @pytest.fixture(scope="module")
 def ensemble(engine) -> Ensemble:
-    return Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")], [0.5, 0.5])
+    return Ensemble([LoadedMember(engine, "a"), LoadedMember(engine, "b")], [0.5, 0.5])
 
 
 def distance(engine: Engine, exact: Engine, text: str) -> float:
@@ -116,7 +116,7 @@ def test_probabilities_that_are_missing_are_requested_another_way(engine):
 
 @pytest.mark.slow
 def test_texts_are_equal_for_equal_seeds_and_for_the_conventional_way_of_one_member(engine):
-    alone = Ensemble([MemberSpec(engine, "a")])
+    alone = Ensemble([LoadedMember(engine, "a")])
     completions = [alone.generate("three", seed=4, max_tokens=24, method=m, ignore_end=True, top_k=9) for m in METHODS]
     assert len({tuple(token.data for token in completion.tokens) for completion in completions}) == 1
 

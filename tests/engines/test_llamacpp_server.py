@@ -16,7 +16,7 @@ from test_remote import cache, file, folder, llama  # noqa: F401
 
 pytest.importorskip("xllamacpp")
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.remote.engine import RemoteEngine
@@ -121,7 +121,7 @@ def test_two_tokens_are_sampled_as_often_as_the_distribution_says(engine, refere
 
 
 def test_equal_seeds_give_equal_texts_and_other_seeds_others(engine):
-    pair = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")])
+    pair = Ensemble([LoadedMember(engine, "a"), LoadedMember(engine, "b")])
     texts = [pair.generate("three", seed=seed, max_tokens=12, ignore_end=True, top_k=9).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
@@ -131,7 +131,7 @@ def test_sixteen_tokens_are_one_request(llama):  # noqa: F811
     try:
         engine = load(EngineSpec(server.url, "tiny"))
         server.posted.clear()
-        completion = Ensemble([MemberSpec(engine, "a")]).generate(
+        completion = Ensemble([LoadedMember(engine, "a")]).generate(
             "three", seed=3, max_tokens=16, ignore_end=True, top_k=9
         )
     finally:

@@ -16,7 +16,7 @@ pytest.importorskip("aiohttp")
 
 from test_remote import QUICK, cache, file, folder, llama, start_llama  # noqa: F401
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.contract import random_ids
 from mixlm.engines.remote.engine import RemoteEngine, RemoteSession
@@ -91,7 +91,7 @@ def test_two_servers_give_the_weights_of_the_local_fit(llama, file, folder, cach
 
 
 def pair(first: Any, second: Any, **options: Any) -> Ensemble:
-    return Ensemble([MemberSpec(first, "a"), MemberSpec(second, "b")], unit="piece", **options)
+    return Ensemble([LoadedMember(first, "a"), LoadedMember(second, "b")], unit="piece", **options)
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_a_server_without_them_is_named(folder):  # noqa: F811
     try:
         engine = RemoteEngine(EngineSpec(server.url, ""), folder, QUICK)
         with pytest.raises(UnsupportedError, match=rf"{server.url}: the server returns no log-probabilities") as raised:
-            score(Ensemble([MemberSpec(engine, "a")]), "a text")
+            score(Ensemble([LoadedMember(engine, "a")]), "a text")
         assert "engine='hf'" in str(raised.value)
         server.scores = "prompt_logprobs"
         server.faults = ["error"]
@@ -155,7 +155,7 @@ def test_a_score_that_takes_long_can_be_given_up(folder):  # noqa: F811
     server = FakeServer().start()
     try:
         server.scores, server.delay = "prompt_logprobs", 2.0
-        ensemble = Ensemble([MemberSpec(RemoteEngine(EngineSpec(server.url, ""), folder, QUICK), "a")])
+        ensemble = Ensemble([LoadedMember(RemoteEngine(EngineSpec(server.url, ""), folder, QUICK), "a")])
         scheduler = Scheduler(2)
 
         def start(**options: Any) -> Generation:

@@ -22,7 +22,7 @@ from mixlm.engines.contract import random_ids
 
 pytest.importorskip("aiohttp")
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.sampling import Transform, softmax
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
@@ -108,7 +108,7 @@ def test_a_real_server_has_the_logits_of_the_same_model_in_this_process(engine, 
 
 
 def test_an_ensemble_with_a_member_behind_a_server_generates(engine):
-    pair = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")])
+    pair = Ensemble([LoadedMember(engine, "a"), LoadedMember(engine, "b")])
     texts = [pair.generate("three", seed=1, max_tokens=12, ignore_end=True, top_k=9).text for _ in range(2)]
     assert texts[0] == texts[1]
 
@@ -240,7 +240,7 @@ def test_a_server_that_returns_few_tokens_allows_a_small_top_k(fake, folder):
     fake.max_logprobs = 20
     remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
     assert remote.top_k_limit == 16
-    alone = Ensemble([MemberSpec(remote, "a")])
+    alone = Ensemble([LoadedMember(remote, "a")])
     alone.context(alone.settings(top_k=16))
     with pytest.raises(UnsupportedError, match="its 16 most likely tokens only"):
         alone.context(alone.settings(top_k=17))
@@ -253,7 +253,7 @@ def test_a_limit_of_top_tokens_is_found_and_what_needs_more_is_refused(fake, fol
     assert (remote.max_top_k, remote.reports_all) == (limit, False)
     assert len(fake.requests) < 60
     refused = len([body for body in fake.requests if body.get("logprobs", 0) > limit])
-    pair = Ensemble([MemberSpec(remote, "a"), MemberSpec(remote, "b")])
+    pair = Ensemble([LoadedMember(remote, "a"), LoadedMember(remote, "b")])
     with pytest.raises(UnsupportedError, match=f"reports its {limit} most likely"):
         pair.generate("one", rule="vote", temperature=1.0, top_k=0, seed=1)
     with suppress(UnsupportedError):  # where a position is not decided
@@ -268,7 +268,7 @@ def test_a_server_without_a_limit_reports_all(fake, folder):
 
 
 def test_no_more_tokens_are_requested_than_sampling_needs(remote, fake):
-    alone, options = Ensemble([MemberSpec(remote, "a")]), {"seed": 1, "max_tokens": 6, "ignore_end": True}
+    alone, options = Ensemble([LoadedMember(remote, "a")]), {"seed": 1, "max_tokens": 6, "ignore_end": True}
     del fake.requests[:]
     alone.generate("one two", top_k=9, **options)
     assert {body["logprobs"] for body in fake.requests if body["logprobs"] > 5} == {9 + 16}
@@ -327,7 +327,7 @@ def test_ends_of_text_are_those_of_the_generation_config_too(fake, folder, tmp_p
     fake.samples = True
     remote = RemoteEngine(EngineSpec(fake.url, ""), tmp_path / "model", QUICK)
     assert remote.vocabulary.end_ids == end_ids | {70, 71}
-    Ensemble([MemberSpec(remote, "a")]).generate("three", seed=1, max_tokens=4)
+    Ensemble([LoadedMember(remote, "a")]).generate("three", seed=1, max_tokens=4)
     assert {70, 71} <= {*fake.requests[-1]["stop_token_ids"]}
 
 
@@ -381,7 +381,7 @@ def test_a_server_that_samples_itself_is_asked_for_several_tokens(fake, folder, 
     fake.samples, fake.masks = True, masks
     remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
     assert remote.details["samples itself"] == ("yes, masking" if masks else "yes")
-    alone = Ensemble([MemberSpec(remote, "a")])
+    alone = Ensemble([LoadedMember(remote, "a")])
     fake.requests.clear()
     completion = alone.generate("three", seed=1, max_tokens=12, ignore_end=True, top_k=0)
     [request] = fake.requests
@@ -413,7 +413,7 @@ def test_what_a_server_lacks_to_sample_itself_is_named_and_it_is_asked_token_by_
     remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
     assert message in remote.details["samples itself"]
     fake.requests.clear()
-    completion = Ensemble([MemberSpec(remote, "a")]).generate("three", seed=1, max_tokens=6, ignore_end=True, top_k=9)
+    completion = Ensemble([LoadedMember(remote, "a")]).generate("three", seed=1, max_tokens=6, ignore_end=True, top_k=9)
     assert len(completion.tokens) == len(fake.requests) == 6
 
 
@@ -442,7 +442,7 @@ def test_more_control_tokens_than_biases_may_name_are_not_left_to_the_server(sam
 def test_a_malformed_response_is_an_error_that_shows_it(sampler, fake, response):
     fake.faults = [response]
     with pytest.raises(GenerationInterruptedError, match="sends a malformed response"):
-        Ensemble([MemberSpec(sampler, "a")]).generate("three", seed=1, max_tokens=6)
+        Ensemble([LoadedMember(sampler, "a")]).generate("three", seed=1, max_tokens=6)
 
 
 def test_tokens_of_a_server_that_came_back_with_another_model_are_not_taken(sampler, fake):
@@ -450,7 +450,7 @@ def test_tokens_of_a_server_that_came_back_with_another_model_are_not_taken(samp
     fake.seed = 1
     fake.start()
     with pytest.raises(GenerationInterruptedError, match="has another model now"):
-        Ensemble([MemberSpec(sampler, "a")]).generate("three", seed=1, max_tokens=6)
+        Ensemble([LoadedMember(sampler, "a")]).generate("three", seed=1, max_tokens=6)
 
 
 SERVE = """
@@ -481,7 +481,9 @@ def process(file) -> Iterator[tuple[subprocess.Popen[str], str]]:
 @pytest.mark.parametrize("on_failure", ["error", "drop"])
 def test_a_server_that_is_killed_in_the_middle_of_a_generation(process, file, engine, on_failure):
     server, url = process
-    pair = Ensemble([MemberSpec(engine, "stays"), MemberSpec(RemoteEngine(EngineSpec(url, ""), None, QUICK), "goes")])
+    pair = Ensemble(
+        [LoadedMember(engine, "stays"), LoadedMember(RemoteEngine(EngineSpec(url, ""), None, QUICK), "goes")]
+    )
     options = {"seed": 2, "max_tokens": 30, "ignore_end": True, "top_k": 9}
     whole = pair.generate("three", **options)
     stream = pair.stream("three", **options, on_failure=on_failure)

@@ -23,7 +23,7 @@ pytest.importorskip("aiohttp")
 
 from test_remote import QUICK, SERVE, cache, file, folder, llama  # noqa: F401
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.config import parse_config
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.remote.engine import RemoteEngine
@@ -122,7 +122,7 @@ def test_a_request_that_a_server_refuses_fails_alone(both, fakes, monkeypatch):
 
 
 def test_a_member_that_refuses_a_request_is_not_dropped(both, fakes, monkeypatch):
-    pair = Ensemble([MemberSpec(both, "a"), MemberSpec(both, "b")])
+    pair = Ensemble([LoadedMember(both, "a"), LoadedMember(both, "b")])
     stream = pair.stream("one two", on_failure="drop", **OPTIONS)
     next(stream)
     for fake in fakes:
@@ -245,9 +245,9 @@ def processes(file) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:  # noq
 def test_a_server_killed_in_the_middle_of_a_generation_is_replaced_by_its_replica(processes, llama):  # noqa: F811
     stays = load(EngineSpec(llama.listening_address, ""))
     goes = RemoteEngine(EngineSpec(",".join(url for _, url in processes), ""), None, QUICK)
-    pair = Ensemble([MemberSpec(stays, "stays"), MemberSpec(goes, "goes")])
+    pair = Ensemble([LoadedMember(stays, "stays"), LoadedMember(goes, "goes")])
     # Not by the same servers, which would have the text in their caches then.
-    whole = Ensemble([MemberSpec(stays, "stays"), MemberSpec(stays, "goes")]).generate("three", **OPTIONS)
+    whole = Ensemble([LoadedMember(stays, "stays"), LoadedMember(stays, "goes")]).generate("three", **OPTIONS)
     stream = pair.stream("three", **OPTIONS)
     first_tokens = [next(stream) for _ in range(8)]
     session = stream.sessions[1]

@@ -14,7 +14,7 @@ from test_cuda_graphs import KINDS, Load, Recorded, load  # noqa: F401
 from test_device_topk import random_case
 from toys import toys
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
 from mixlm.decoding import mixture
@@ -109,7 +109,7 @@ def write(ensemble: Ensemble, **options: Any) -> tuple[list[tuple[bytes, str]], 
 
 
 def pair(load: Load, graphs: str, kinds: tuple[str, str], *, device: str = "cpu", **options: Any) -> Ensemble:  # noqa: F811
-    members = [MemberSpec(load(kind, graphs, device), kind) for kind in kinds]
+    members = [LoadedMember(load(kind, graphs, device), kind) for kind in kinds]
     return Ensemble(members, **{"weights": [0.7, 0.3], **options})
 
 

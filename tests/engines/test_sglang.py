@@ -17,7 +17,7 @@ pytest.importorskip("aiohttp")
 
 from test_remote import QUICK, cache, file, folder  # noqa: F401
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import Engine
@@ -79,7 +79,7 @@ def test_the_distribution_of_a_token_is_that_of_the_model_itself(engine, fake, s
 def test_texts_are_those_of_the_model_itself(engine, fake, method):
     other = FakeSGLang(seed=1)
     direct = [directly(engine, fake.logits), directly(engine, other.logits)]
-    pairs = [Ensemble([MemberSpec(first, "a"), MemberSpec(direct[1], "b")]) for first in (engine, direct[0])]
+    pairs = [Ensemble([LoadedMember(first, "a"), LoadedMember(direct[1], "b")]) for first in (engine, direct[0])]
     tokens, expected = (pair.generate("three", method=method, **OPTIONS).tokens for pair in pairs)
     assert [token.data for token in tokens] == [token.data for token in expected]
     np.testing.assert_allclose([token.logprob for token in tokens], [token.logprob for token in expected], atol=1e-5)
@@ -208,7 +208,7 @@ def test_it_is_asked_token_by_token_and_the_details_say_why(engine, fake):
     assert engine.details["engine"] == "SGLang"
     assert "no: it takes seeds with --enable-deterministic-inference only" in engine.details["samples itself"]
     fake.requests.clear()
-    completion = Ensemble([MemberSpec(engine, "a")]).generate("three", seed=1, max_tokens=6, ignore_end=True, top_k=9)
+    completion = Ensemble([LoadedMember(engine, "a")]).generate("three", seed=1, max_tokens=6, ignore_end=True, top_k=9)
     assert len(completion.tokens) == len(fake.requests) == 6
     assert {body["sampling_params"]["max_new_tokens"] for body in fake.requests} == {1}
     assert {body["top_logprobs_num"] for body in fake.requests} == {9 + 16}
@@ -348,8 +348,10 @@ def both(fake, folder) -> Iterator[tuple[RemoteEngine, list[FakeSGLang]]]:  # no
 def test_a_replica_goes_on_in_the_middle_of_a_generation(both, engine, fake):
     replicated, fakes = both
     direct = directly(engine, FakeSGLang(seed=1).logits)
-    whole = Ensemble([MemberSpec(directly(engine, fake.logits), "a"), MemberSpec(direct, "b")]).generate("x", **OPTIONS)
-    stream = Ensemble([MemberSpec(replicated, "a"), MemberSpec(direct, "b")]).stream("x", **OPTIONS)
+    whole = Ensemble([LoadedMember(directly(engine, fake.logits), "a"), LoadedMember(direct, "b")]).generate(
+        "x", **OPTIONS
+    )
+    stream = Ensemble([LoadedMember(replicated, "a"), LoadedMember(direct, "b")]).stream("x", **OPTIONS)
     first_tokens = [next(stream) for _ in range(8)]
     replica = stream.sessions[0].replica
     fakes[replicated.replicas.index(replica)].stop()
@@ -371,7 +373,7 @@ def test_servers_with_different_models_are_no_replicas(fake, both, folder):  # n
 
 
 def test_a_generation_ends_with_what_it_has_when_the_server_is_gone(engine, fake):
-    stream = Ensemble([MemberSpec(engine, "a")]).stream("three", **OPTIONS)
+    stream = Ensemble([LoadedMember(engine, "a")]).stream("three", **OPTIONS)
     first_tokens = [next(stream) for _ in range(5)]
     fake.stop()
     with pytest.raises(GenerationInterruptedError, match="a failed in the middle of a generation") as raised:

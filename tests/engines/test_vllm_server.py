@@ -18,7 +18,7 @@ from mixlm.engines.contract import random_ids
 pytest.importorskip("vllm")
 pytest.importorskip("aiohttp")
 pytest.importorskip("websockets")
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
 from mixlm.engines.remote.engine import RemoteEngine
@@ -124,7 +124,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_generation_and_comes_back_as
         engine = RemoteEngine(EngineSpec(url, "goes", tokenizer=str(folder)), folder, QUICK)
         assert engine.details["samples itself"] == "yes"  # without the mask, by biases
         assert (engine.replicas[0].server.sessions is None) == (on_failure == "error")
-        both = Ensemble([MemberSpec(exact, "stays"), MemberSpec(engine, "goes")])
+        both = Ensemble([LoadedMember(exact, "stays"), LoadedMember(engine, "goes")])
         options = {"seed": 2, "max_tokens": 30, "ignore_end": True, "top_k": 9}
         whole = both.generate("three", **options)
         stream = both.stream("three", **options, on_failure=on_failure)

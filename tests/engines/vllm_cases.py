@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.sampling import Transform
 from mixlm.engines.base import Engine
 from mixlm.engines.contract import random_ids
@@ -27,7 +27,7 @@ SAMPLINGS = [
 
 
 def pair(engine: Engine) -> Ensemble:
-    return Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")], [0.6, 0.4], unit="piece")
+    return Ensemble([LoadedMember(engine, "a"), LoadedMember(engine, "b")], [0.6, 0.4], unit="piece")
 
 
 def assert_valid(exact: Engine, request: GenerateRequest, response: GenerateResponse) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, random_table
 from mixlm.ensemble import Ensemble
 
@@ -37,7 +37,7 @@ QUESTIONS = ("where does the river turn", "what is under the stone", "who sings"
 def toys(*, piece: bool = False, weights: Sequence[float] = (0.7, 0.3), **options: Any) -> Ensemble:
     vocabularies = (WORD_TOKENS, OTHER_TOKENS if piece else WORD_TOKENS)
     members = [
-        MemberSpec(ToyEngine(tokens, random_table(len(tokens) + 2, 20 + i, scale=3), name=f"toy{i}"), f"toy{i}")
+        LoadedMember(ToyEngine(tokens, random_table(len(tokens) + 2, 20 + i, scale=3), name=f"toy{i}"), f"toy{i}")
         for i, tokens in enumerate(vocabularies)
     ]
     return Ensemble(members, weights, **options)

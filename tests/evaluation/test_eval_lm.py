@@ -12,7 +12,7 @@ from scored_texts import speaking, stepwise
 from small_tasks import OTHER_TOKENS, toys
 from toys import END, SHARED
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, random_table, wordy_table
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
@@ -90,7 +90,7 @@ def greedy_text(ensemble: Ensemble, context: str) -> str:
 
 
 def test_greedy_is_the_most_likely_of_the_average() -> None:
-    members = [MemberSpec(ToyEngine(table=wordy_table(seed)), f"m{seed}") for seed in (1, 2)]
+    members = [LoadedMember(ToyEngine(table=wordy_table(seed)), f"m{seed}") for seed in (1, 2)]
     ensemble = Ensemble(members, [0.6, 0.4])
     text = greedy_text(ensemble, "river")
     assert len(text) > 10
@@ -114,8 +114,8 @@ def test_greedy_in_pieces_asks_every_member() -> None:
         logits[tokens.index(data)] = 5.0
         return ToyEngine(tokens, lambda _: logits)
 
-    agreed = [MemberSpec(certain(WORD_TOKENS, b"e"), "a"), MemberSpec(certain(OTHER_TOKENS, b"e"), "b")]
-    apart = [agreed[0], MemberSpec(certain(OTHER_TOKENS, b"o"), "b")]
+    agreed = [LoadedMember(certain(WORD_TOKENS, b"e"), "a"), LoadedMember(certain(OTHER_TOKENS, b"e"), "b")]
+    apart = [agreed[0], LoadedMember(certain(OTHER_TOKENS, b"o"), "b")]
     request = [Request(("x", "ee"))]
     assert EnsembleLM(Ensemble(agreed)).loglikelihood(request)[0][1] is True
     assert EnsembleLM(Ensemble(apart)).loglikelihood(request)[0][1] is False
@@ -148,7 +148,7 @@ def test_rolling_is_what_scoring_gives() -> None:
 def routed(kind: str, unit: str) -> Ensemble:
     """Toys that never draw the token that begins a text. In pieces each spells a text byte by byte."""
     vocabularies = [SHARED, SHARED] if unit == "token" else [LETTERS, LETTERS[::-1]]
-    members = [MemberSpec(speaking(i, vocabulary), f"m{i}") for i, vocabulary in enumerate(vocabularies)]
+    members = [LoadedMember(speaking(i, vocabulary), f"m{i}") for i, vocabulary in enumerate(vocabularies)]
     weights = np.array([0.3, 0.7])
     router: dict[str, Router] = {
         "fixed": FixedRouter(weights),
@@ -207,7 +207,7 @@ def test_routers_see_the_same_context_as_in_completions(kind: str) -> None:
 
 
 def test_greedy_under_a_router_is_the_most_likely_of_the_average() -> None:
-    members = [MemberSpec(ToyEngine(table=wordy_table(seed)), f"m{seed}") for seed in (1, 2)]
+    members = [LoadedMember(ToyEngine(table=wordy_table(seed)), f"m{seed}") for seed in (1, 2)]
     # The first member alone writes the first word, the second one the rest.
     ensemble = Ensemble(
         members, router=FunctionRouter(lambda prompt, tail: [0.999, 0.001] if not tail else [0.001, 0.999], 2)
@@ -224,7 +224,7 @@ def test_greedy_under_a_router_is_the_most_likely_of_the_average() -> None:
 
 def test_weights_by_prompt_want_the_whole_prompt() -> None:
     engines = [ToyEngine(context_length=24), ToyEngine(seed=1)]
-    members = [MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)]
+    members = [LoadedMember(engine, f"m{i}") for i, engine in enumerate(engines)]
     lm = EnsembleLM(Ensemble(members, router=PromptRouter(np.array([0.5, 0.5]))))
     assert lm.loglikelihood([Request(("b" * 60, " the"))]) == [(-np.inf, False)]
     assert "weights depend on how it is read" in lm.log.records[0]["error"]
@@ -243,7 +243,7 @@ def test_rolling_under_a_router_is_what_scoring_gives() -> None:
 
 def test_what_is_too_long_is_cut_or_counts_as_wrong() -> None:
     engine = ToyEngine(WORD_TOKENS, random_table(len(WORD_TOKENS) + 2, 3), context_length=24)
-    ensemble = Ensemble([MemberSpec(engine, "short")])
+    ensemble = Ensemble([LoadedMember(engine, "short")])
     lm = EnsembleLM(ensemble)
     long, tail = "bbbbbbbb" * 9 + "a" * 20, "a" * 20
     first, two = lm.loglikelihood([Request((long, " the")), Request((tail, " the"))])
@@ -351,7 +351,7 @@ class Templated(ToyEngine):
 
 def test_every_member_reads_its_own_template(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = [Templated("{}: {}\n", 1), Templated("[{}] {} ", 2)]
-    ensemble = Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)])
+    ensemble = Ensemble([LoadedMember(engine, f"m{i}") for i, engine in enumerate(engines)])
     lm = EnsembleLM(ensemble, options={"method": "conventional", "system": "sing", "seed": 3})
     history = [*HISTORY, {"role": "assistant", "content": "It"}]
     contexts: list[tuple[np.ndarray, ...]] = []

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
@@ -20,7 +20,7 @@ OPTIONS = {"seed": 5, "max_tokens": 8, "ignore_end": True}
 
 @pytest.fixture
 def pair() -> Ensemble:
-    return Ensemble([MemberSpec(ToyEngine(seed=seed, name=f"toy{seed}"), f"toy{seed}") for seed in (1, 2)])
+    return Ensemble([LoadedMember(ToyEngine(seed=seed, name=f"toy{seed}"), f"toy{seed}") for seed in (1, 2)])
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toys import SHARED
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.logits_processor import as_processor, process_logits
 from mixlm.core.sampling import softmax
 from mixlm.engines.toy import ToyEngine
@@ -26,7 +26,7 @@ def seesaw(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
 @pytest.fixture
 def pair() -> Ensemble:
     engines = [ToyEngine(SHARED, seed=seed, name=name) for seed, name in ((1, "first"), (2, "second"))]
-    return Ensemble([MemberSpec(engine, engine.name) for engine in engines], [0.6, 0.4])
+    return Ensemble([LoadedMember(engine, engine.name) for engine in engines], [0.6, 0.4])
 
 
 def distance(ensemble: Ensemble, reference: np.ndarray, samples: int) -> float:
@@ -154,7 +154,7 @@ def test_an_engine_that_returns_the_top_tokens_only_is_refused(pair):
 @pytest.mark.parametrize("language", [{}, {"json_schema": {"type": "integer"}}], ids=["free", "schema"])
 def test_no_method_replaces_a_member_that_is_left_with_no_probability(options, language):
     engines = [ToyEngine([*SHARED, b"1", b"2"], seed=seed, name=name) for seed, name in ((1, "first"), (2, "second"))]
-    pair = Ensemble([MemberSpec(engine, engine.name) for engine in engines], [0.6, 0.4])
+    pair = Ensemble([LoadedMember(engine, engine.name) for engine in engines], [0.6, 0.4])
     nothing = pair.with_logits_processors({"first": lambda ids, logits: np.full_like(logits, -np.inf)})
     option = "json_schema" if language else "its logits processor"
     with pytest.raises(UnsupportedError, match=f"first gives no probability to anything that {option} allows here"):

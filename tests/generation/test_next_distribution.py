@@ -7,7 +7,7 @@ import pytest
 from toys import SHARED, engine
 
 import mixlm
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import Transform
 from mixlm.engines.toy import ToyEngine
@@ -24,7 +24,7 @@ OTHERS = [b"a", b"b", b"ab", b"c", b"abc", b"d"]
 @pytest.fixture
 def pair() -> Ensemble:
     members = [ToyEngine(SHARED, seed=1, name="first"), ToyEngine(SHARED, seed=2, name="second")]
-    return Ensemble([MemberSpec(member, member.name) for member in members], [0.7, 0.3])
+    return Ensemble([LoadedMember(member, member.name) for member in members], [0.7, 0.3])
 
 
 def dense(distribution: NextDistribution, size: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_symbol_bytes_are_those_that_a_completion_has(pair):
 
 def test_different_vocabularies_meet_as_bytes():
     members = [ToyEngine(SHARED, seed=1, name="first"), ToyEngine(OTHERS, seed=2, name="second")]
-    ensemble = Ensemble([MemberSpec(member, member.name) for member in members])
+    ensemble = Ensemble([LoadedMember(member, member.name) for member in members])
     distribution = ensemble.distribution("ab", raw=True)
     assert len(distribution.symbol_bytes) == len(set(distribution.symbol_bytes)) == len({*SHARED, *OTHERS, b""})
     np.testing.assert_allclose(distribution.members.sum(axis=1), 1)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError
@@ -44,7 +44,7 @@ class Flaky(ToyEngine):
 
 def make_ensemble(fails: int | None = 3, back: int | None = None, other: int | None = None) -> Ensemble:
     engines = [Flaky(1), Flaky(2, fails, back), Flaky(3, other)]
-    return Ensemble([MemberSpec(engine, engine.name) for engine in engines], [0.4, 0.4, 0.2])
+    return Ensemble([LoadedMember(engine, engine.name) for engine in engines], [0.4, 0.4, 0.2])
 
 
 def options(**overrides):
@@ -128,7 +128,7 @@ def test_the_rest_is_the_distribution_of_the_others():
     # From the first position on without the member: the others' own ensemble, with the same noise.
     completion = make_ensemble(1).generate(PROMPT, **options(method="conventional", on_failure="drop"))
     engines = [Flaky(1), Flaky(3)]
-    pair = Ensemble([MemberSpec(engine, engine.name) for engine in engines], [0.4, 0.2])
+    pair = Ensemble([LoadedMember(engine, engine.name) for engine in engines], [0.4, 0.2])
     two = pair.generate(PROMPT, **options(method="conventional"))
     assert [token.data for token in completion.tokens] == [token.data for token in two.tokens]
     np.testing.assert_allclose([token.logprob for token in completion.tokens], [token.logprob for token in two.tokens])
@@ -145,7 +145,7 @@ def test_a_member_comes_back_when_it_answers_again(caplog):
 
 def test_a_completion_ends_where_nobody_is_left():
     engines = [Flaky(1, 4), Flaky(2, 3)]
-    pair = Ensemble([MemberSpec(engine, engine.name) for engine in engines])
+    pair = Ensemble([LoadedMember(engine, engine.name) for engine in engines])
     with pytest.raises(
         GenerationInterruptedError, match="every member that has weight here has stopped answering"
     ) as raised:
@@ -223,7 +223,7 @@ class Hanging(Flaky):
 def test_whether_a_member_is_alive_is_asked_once_and_holds_up_no_sequence(monkeypatch):
     monkeypatch.setattr("mixlm.generation.unavailable.check_alive", check_alive)
     hanging = Hanging(2, 3)
-    pair = Ensemble([MemberSpec(Flaky(1), "stays"), MemberSpec(hanging, "goes")])
+    pair = Ensemble([LoadedMember(Flaky(1), "stays"), LoadedMember(hanging, "goes")])
     scheduler = Scheduler()
     streams = [pair.stream(PROMPT, **options(sequence=i, on_failure="drop")) for i in range(3)]
     for stream in streams:
@@ -283,6 +283,6 @@ def test_a_forward_of_another_device_is_over_before_its_session_is_used_again():
         running.pop()
 
     failing.on_forward, working.on_forward = fail_first, work
-    pair = Ensemble([MemberSpec(failing, "failing"), MemberSpec(working, "working")])
+    pair = Ensemble([LoadedMember(failing, "failing"), LoadedMember(working, "working")])
     pair.generate(PROMPT, **options(method="conventional", on_failure="drop", max_tokens=5))
     assert set(at_once) == {1}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from toys import END, SHARED, engine, fixed, make_ensemble, toys
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines.requests import Forward
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
@@ -176,7 +176,7 @@ def test_what_is_not_possible_has_the_reason_it_is_refused_with():
 
 
 def words() -> Ensemble:
-    return Ensemble([MemberSpec(ToyEngine(seed=i), f"m{i}") for i in (1, 2)], [3, 1])
+    return Ensemble([LoadedMember(ToyEngine(seed=i), f"m{i}") for i in (1, 2)], [3, 1])
 
 
 def test_a_whole_inspection():
@@ -232,7 +232,7 @@ def test_what_is_empty_is_refused(value, message):
 
 
 def test_a_text_longer_than_a_context_is_refused():
-    ensemble = Ensemble([MemberSpec(ToyEngine(seed=i, context_length=50), f"m{i}") for i in (1, 2)])
+    ensemble = Ensemble([LoadedMember(ToyEngine(seed=i, context_length=50), f"m{i}") for i in (1, 2)])
     with pytest.raises(ConfigError, match=r"the sample text has \d+ tokens for toy, whose context length is 50"):
         inspect(ensemble)
 
@@ -271,7 +271,7 @@ def test_a_gguf_file_is_neither_loaded_nor_converted_when_nothing_is_measured(tm
 
 
 def test_a_rule_is_described_and_measured():
-    ensemble = Ensemble([MemberSpec(ToyEngine(seed=i), f"m{i}") for i in range(2)])
+    ensemble = Ensemble([LoadedMember(ToyEngine(seed=i), f"m{i}") for i in range(2)])
     assert describe_rule(ensemble, {}) is None
     contrast = describe_rule(ensemble, {"rule": "contrastive", "strength": 0.3})
     assert (contrast.name, contrast.parameters) == ("contrastive", {"strength": 0.3})

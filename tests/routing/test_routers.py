@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from toys import toys
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.config import RouterConfig, parse_config, read_config, write_config
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding.mixture import mixture
@@ -40,7 +40,7 @@ def make_ensemble(unit: str, router: Router | None = None) -> Ensemble:
         bias[[tokens.index(letter) for letter in LETTERS if letter in tokens]] = 0
         table = random_table(size, seed=i)
         engine = ToyEngine(tokens, lambda context, t=table, b=bias: t(context) + b, name=f"toy-{i}")
-        specs.append(MemberSpec(engine, engine.name))
+        specs.append(LoadedMember(engine, engine.name))
     return Ensemble(specs, [1, 2], unit=unit, router=router)  # type: ignore[arg-type]
 
 

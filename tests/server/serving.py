@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.options import GenerationOptions
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, wordy_table
 from mixlm.ensemble import Ensemble
@@ -54,7 +54,7 @@ class EndlessToy(ToyEngine):
 
 
 def endless(seconds: float = 0.0, **defaults: Any) -> Ensemble:
-    members = [MemberSpec(EndlessToy(i, seconds), f"toy:{i}") for i in (1, 2)]
+    members = [LoadedMember(EndlessToy(i, seconds), f"toy:{i}") for i in (1, 2)]
     return Ensemble(members, defaults=GenerationOptions(**defaults))
 
 

@@ -16,7 +16,7 @@ from serving import HELLO, endless, events, running
 from toys import fixed
 
 import mixlm
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
@@ -596,7 +596,7 @@ def test_a_character_of_several_tokens_arrives_whole():
         return logits
 
     umlaut.table = table
-    with running(Ensemble([MemberSpec(umlaut, "m")])) as server:
+    with running(Ensemble([LoadedMember(umlaut, "m")])) as server:
         chunks = list(events(server.complete("a", max_tokens=4, stream=True)))
         assert [chunk["choices"][0]["text"] for chunk in chunks] == ["", "ü", "", "ü", ""]
         assert [len(chunk["choices"][0]["mixlm"]["members"]) for chunk in chunks] == [1, 1, 1, 1, 0]
@@ -668,7 +668,7 @@ PARTS = "é🦉".encode()
 def test_parts_of_characters_have_one_spelling():
     """A client finds each token among its own alternatives, in chat and in completions."""
     bytewise = ToyEngine([bytes([byte]) for byte in PARTS], lambda context: np.array([0.0] * len(PARTS) + [-9.0, -9.0]))
-    with running(Ensemble([MemberSpec(bytewise, "m0")])) as server:
+    with running(Ensemble([LoadedMember(bytewise, "m0")])) as server:
         bytewise.prompts.chat = bytewise.prompts.raw = lambda *_: np.zeros(1, dtype=np.int64)
         fields = {"seed": 1, "max_tokens": 40, "mixlm": {"top_k": 0}, "logit_bias": {}}
         for stream in (False, True):

@@ -15,7 +15,7 @@ import pydantic
 import pytest
 from serving import HELLO, endless, running
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.ensemble import Ensemble
 from mixlm.loading import load
 from mixlm.server.api_keys import hash_key
@@ -216,7 +216,7 @@ def test_lm_evaluation_harness_scores_answers(tmp_path):
     from trained import trained
     from transformers import PreTrainedTokenizerFast
 
-    ensemble = Ensemble([MemberSpec(speaking("gpt2", i), f"m{i}") for i in range(2)], [0.7, 0.3])
+    ensemble = Ensemble([LoadedMember(speaking("gpt2", i), f"m{i}") for i in range(2)], [0.7, 0.3])
     PreTrainedTokenizerFast(tokenizer_object=trained("gpt2")).save_pretrained(tmp_path / "tokenizer")
     places = ["the old river", "under the stone bridge", "it's 2024", "señor café", "over the birds"]
     rows = [{"question": f"Where is {name}?\nAnswer:", "index": i % 3} for i, name in enumerate(places)]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from serving import HELLO, EndlessToy, endless, events, raw_connection, request_bytes, running, wait
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.options import GenerationOptions
 from mixlm.ensemble import Ensemble
 from mixlm.errors import EngineError, MemoryLimitError
@@ -89,7 +89,7 @@ def submit(model_thread, job, ensemble, **options):
 def test_a_client_with_many_generations_does_not_delay_the_others():
     """One slot; the job of 20 came first. The single one is third: after the running one, and one more."""
     engine, ended = Gated(), []
-    ensemble = Ensemble([MemberSpec(engine, "m")])
+    ensemble = Ensemble([LoadedMember(engine, "m")])
 
     class RecordingQueue(asyncio.Queue):
         """Records whose completions end, in the order of the events; readers may lag behind."""
@@ -121,7 +121,7 @@ def test_a_client_with_many_generations_does_not_delay_the_others():
 
 def test_the_slot_of_a_cancelled_generation_is_free_after_the_step():
     engine = Gated()
-    ensemble = Ensemble([MemberSpec(engine, "m")])
+    ensemble = Ensemble([LoadedMember(engine, "m")])
 
     async def run():
         model_thread = ModelThread(ServerLimits(max_batch=1))
@@ -198,7 +198,7 @@ def test_a_failing_engine_ends_its_completion_and_no_other(caplog):
             return session
 
     engine = Failing(1)
-    with running(Ensemble([MemberSpec(engine, "m")])) as server, ThreadPoolExecutor(2) as pool:
+    with running(Ensemble([LoadedMember(engine, "m")])) as server, ThreadPoolExecutor(2) as pool:
         failed = server.complete("x", max_tokens=100)
         assert (failed.status_code, failed.json()["error"]["code"]) == (503, "out_of_memory")
         *_, last = events(server.complete("x", max_tokens=100, stream=True))
@@ -405,7 +405,7 @@ def test_usage_counts_tokens_generated_without_a_member():
             return False
 
     pair = Ensemble(
-        [MemberSpec(EndlessToy(1), "stays"), MemberSpec(LosingConnection(2), "goes")],
+        [LoadedMember(EndlessToy(1), "stays"), LoadedMember(LosingConnection(2), "goes")],
         defaults=GenerationOptions(on_failure="drop"),
     )
     with running(pair) as server:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from serving import HELLO, EndlessToy, endless, events, raw_connection, request_bytes, running, wait
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.loading import load
@@ -283,7 +283,7 @@ def test_health_reports_a_step_that_takes_too_long():
 
     engine = EndlessToy(1)
     engine.on_forward = lambda ids, last: gate.wait(20)
-    with running(Ensemble([MemberSpec(engine, "m")]), stall_timeout=0.3) as server:
+    with running(Ensemble([LoadedMember(engine, "m")]), stall_timeout=0.3) as server:
         with ThreadPoolExecutor(1) as pool:
             response = pool.submit(server.chat, max_tokens=2)
             wait(lambda: server.client.get("/health").status_code == 503)

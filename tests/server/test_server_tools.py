@@ -14,7 +14,7 @@ from openai.types import responses
 from servers import FakeServer
 from serving import HELLO, events, running
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.ensemble import Ensemble
 from mixlm.loading import load
 from mixlm.server.api_keys import hash_key
@@ -500,7 +500,7 @@ def test_a_member_behind_a_server_calls_tools_too_or_refuses_by_name(processed, 
     fake.samples, fake.processed, fake.models = True, processed, [{"id": "fake", "max_model_len": 4096}]
     folder = tokenizer_folder(find_gguf(str(write_tiny_gguf(tmp_path / "tiny.gguf"))))
     try:
-        member = MemberSpec(RemoteEngine(EngineSpec(fake.start().url, ""), folder), "behind")
+        member = LoadedMember(RemoteEngine(EngineSpec(fake.start().url, ""), folder), "behind")
         with running({"mixed": Ensemble([member, *load("toy:1").members])}) as server:
             response = server.chat(seed=1, **CALLS)
     finally:

@@ -17,7 +17,7 @@ import pytest
 from toys import OPTIONS, assert_same_distribution, engine, exact_distribution, fixed, named, toys
 from toys import make_ensemble as ensemble_of
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.choices import Method
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding.mixture import mixture
@@ -49,7 +49,7 @@ def make_ensemble(members: int, unit: str) -> Ensemble:
         bias[[size - 1, size - 3]] = 0
         table = random_table(size, seed=i)
         engine = ToyEngine(tokens, lambda context, t=table, b=bias: t(context) + b, name=f"toy-{i}")
-        specs.append(MemberSpec(engine, engine.name))
+        specs.append(LoadedMember(engine, engine.name))
     return Ensemble(specs, [1 + i for i in range(members)], unit=unit)  # type: ignore[arg-type]
 
 
@@ -302,7 +302,7 @@ def test_the_real_pair_follows_the_distributions_of_words_and_bytes(demo_pair: E
 @pytest.mark.models
 def test_real_members_that_share_a_vocabulary_follow_the_exact_distribution(demo_pair: Ensemble) -> None:
     first = demo_pair.members[0]
-    terse = MemberSpec(first.engine, "other temperature", {"temperature": 0.3})
+    terse = LoadedMember(first.engine, "other temperature", {"temperature": 0.3})
     shared = Ensemble([first, terse], [0.6, 0.4], defaults=GenerationOptions())
     assert shared.unit.name == "token"
     assert check(shared, "Name a colour.", samples=200, options=FEW).equal
@@ -310,7 +310,7 @@ def test_real_members_that_share_a_vocabulary_follow_the_exact_distribution(demo
 
 def drawing_pair(seed: int = 10, **options) -> Ensemble:
     engines = [engine(seed=seed + i, **options) for i in range(2)]
-    return Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)], [0.6, 0.4])
+    return Ensemble([LoadedMember(engine, f"m{i}") for i, engine in enumerate(engines)], [0.6, 0.4])
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.engines.requests import LogitsRequest
@@ -36,7 +36,7 @@ EncodedPassage = tuple[Ids, npt.NDArray[np.int64]]  # all ids of a passage, and 
 
 
 def member_scores(
-    member: MemberSpec,
+    member: LoadedMember,
     passages: Sequence[Passage],
     encoded: Sequence[EncodedPassage],
     model: str | None = None,
@@ -81,7 +81,7 @@ def member_scores(
 
 
 def observed_states(
-    member: MemberSpec,
+    member: LoadedMember,
     observes: Observes,
     passages: Sequence[Passage],
     encoded: Sequence[EncodedPassage],

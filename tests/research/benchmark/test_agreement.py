@@ -9,7 +9,7 @@ import pytest
 from tiny import shapes
 from toys import toys
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.options import Options
 from mixlm.engines.base import total_weight_bytes
 from mixlm.engines.toy import ToyEngine
@@ -20,7 +20,7 @@ from research.benchmark.agreement import AgreementDistribution, AgreementEngine,
 
 
 def pair(weights: Sequence[float] = (1, 1)) -> Ensemble:
-    return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], weights)
+    return Ensemble([LoadedMember(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], weights)
 
 
 def agreed_distribution(share: float) -> AgreementDistribution:
@@ -89,7 +89,7 @@ def test_forwards_are_run_by_the_models_themselves() -> None:
 
 def test_one_model_twice_is_run_for_each_member() -> None:
     engine = ToyEngine(seed=1)
-    ensemble = with_agreement(Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")]), 0.5)
+    ensemble = with_agreement(Ensemble([LoadedMember(engine, "a"), LoadedMember(engine, "b")]), 0.5)
     assert ensemble.members[0].engine is not ensemble.members[1].engine
     engine.weights_bytes = 7
     assert total_weight_bytes([member.engine for member in ensemble.members]) == 7  # and held once
@@ -101,6 +101,6 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="needs the unit token"):
         with_agreement(toys("piece", 2), 0.8)
     toy = ToyEngine([b"a"])
-    tiny = Ensemble([MemberSpec(toy, "a"), MemberSpec(toy, "b")])
+    tiny = Ensemble([LoadedMember(toy, "a"), LoadedMember(toy, "b")])
     with pytest.raises(UnsupportedError, match="share 1 tokens, too few"):
         with_agreement(tiny, 0.8)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import typer
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.rng import Noise
 from mixlm.engines.toy import ToyEngine
 from mixlm.engines.transformers.dummy_weights import SHAPES
@@ -95,7 +95,7 @@ def test_the_commands_are_ones_that_the_command_line_takes(name: str) -> None:
 @pytest.mark.slow
 def test_reports_go_into_their_places_and_twice_is_once(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    pair = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)])
+    pair = Ensemble([LoadedMember(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)])
     small: dict[str, Any] = {"tokens": 6, "repeats": 1}
     reports = {
         "cpu-methods": compare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny import shapes
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines.toy import ToyEngine
 from mixlm.engines.transformers.attention import ATTENTION_NAME
 from mixlm.ensemble import Ensemble
@@ -54,7 +54,7 @@ def test_equal_seeds_write_equal_texts_and_models_are_as_before() -> None:
 
 
 def test_what_cannot_run_is_left_out_with_a_note() -> None:
-    toys = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)])
+    toys = Ensemble([LoadedMember(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)])
     rivals, notes = available_rivals(toys, "the river", {})
     assert not rivals
     assert notes == [
@@ -80,9 +80,9 @@ def test_a_weight_of_nothing_and_one_model_twice_have_no_assistant() -> None:
         f"{ASSISTED} was left out: it needs weights between 0 and 1" in available_rivals(ensemble, "the river", {})[1]
     )
     engine = ensemble.members[0].engine
-    twice = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")])
+    twice = Ensemble([LoadedMember(engine, "a"), LoadedMember(engine, "b")])
     assert f"{ASSISTED} was left out: both members are one model" in available_rivals(twice, "the river", {})[1]
-    shared = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine.replica(), "b")])
+    shared = Ensemble([LoadedMember(engine, "a"), LoadedMember(engine.replica(), "b")])
     assert f"{ASSISTED} was left out: both members are one model" in available_rivals(shared, "the river", {})[1]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny import shapes
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {"tokens": 8, "repeats": 1}
 
 @pytest.fixture
 def pair() -> Ensemble:
-    return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], [3, 1])
+    return Ensemble([LoadedMember(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], [3, 1])
 
 
 def points(sweep: Sweep, series: str) -> dict[float | str, SweepPoint]:
@@ -132,7 +132,7 @@ def test_places_that_cannot_be_are_refused(pair: Ensemble, axis: str, places: Se
 
 
 def test_a_weight_of_one_among_three_has_no_axis() -> None:
-    three = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in range(3)])
+    three = Ensemble([LoadedMember(ToyEngine(seed=i), f"toy-{i}") for i in range(3)])
     with pytest.raises(ConfigError, match="there are 3 members"):
         sweep_along("weights", three, ComparisonPlan(**SMALL))
 

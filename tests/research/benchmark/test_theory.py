@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixlm.benchmark.measure import predicted_speed
 from mixlm.benchmark.timing import TimedRun, contestants
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.core.rng import Noise
 from mixlm.decoding.cost_model import (
     DraftPlan,
@@ -38,7 +38,7 @@ from research.benchmark.roofline import H100, DeviceSpec, ForwardNeeds, batch_sh
 
 
 def toys(weights: tuple[float, ...]) -> Ensemble:
-    return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in range(len(weights))], weights)
+    return Ensemble([LoadedMember(ToyEngine(seed=i), f"toy-{i}") for i in range(len(weights))], weights)
 
 
 def log(c: float, s: float, lengths: list[int]) -> list[Forward]:
@@ -165,7 +165,7 @@ def test_the_scheduler_serves_what_the_simulation_says(members: int) -> None:
     calls = {}
     for method in ("mixture", "conventional"):
         engines = [Counting(seed=i) for i in range(members)]
-        ensemble = Ensemble([MemberSpec(engine, f"toy-{i}") for i, engine in enumerate(engines)])
+        ensemble = Ensemble([LoadedMember(engine, f"toy-{i}") for i, engine in enumerate(engines)])
         settings = ensemble.settings(method=method, seed=1, max_tokens=80, raw=True, ignore_end=True)
         scheduler = Scheduler(48)
         streams: list[Generation] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines import EngineSpec
 from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
 from mixlm.ensemble import Ensemble
@@ -25,5 +25,5 @@ def shapes(weights: tuple[float, float] = (1, 1)) -> Ensemble:
     """A pair of which the first is clearly the smaller one."""
     engines = [DummyWeightsEngine(EngineSpec("shape:tiny", "", "float32", "cpu"), sizes) for sizes in (SMALL, LARGE)]
     return Ensemble(
-        [MemberSpec(engine, name) for engine, name in zip(engines, ("small", "large"), strict=True)], weights
+        [LoadedMember(engine, name) for engine, name in zip(engines, ("small", "large"), strict=True)], weights
     )

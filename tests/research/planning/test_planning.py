@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixlm.binding import MemberSpec
+from mixlm.binding import LoadedMember
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
@@ -144,7 +144,7 @@ def test_costs_are_fitted_and_never_below_nothing():
 
 
 def test_costs_of_an_ensemble_are_measured():
-    members = [MemberSpec(ToyEngine(seed=seed), f"m{seed}") for seed in (1, 2)]
+    members = [LoadedMember(ToyEngine(seed=seed), f"m{seed}") for seed in (1, 2)]
     costs = measure(Ensemble(members, [0.7, 0.3]), max_batch=4)
     assert [member.weight for member in costs.members.values()] == [0.7, 0.3]
     assert all(member.forward > 0 and member.device == "cpu" for member in costs.members.values())
@@ -153,7 +153,7 @@ def test_costs_of_an_ensemble_are_measured():
 
 
 def test_members_that_sample_themselves_are_planned_by_runs():
-    members = [MemberSpec(ToyEngine(seed=seed, samples_itself=seed == 1), f"m{seed}") for seed in (1, 2)]
+    members = [LoadedMember(ToyEngine(seed=seed, samples_itself=seed == 1), f"m{seed}") for seed in (1, 2)]
     costs = measure(Ensemble(members), max_batch=2)
     assert {name: member.runs for name, member in costs.members.items()} == {"m1": True, "m2": False}
 

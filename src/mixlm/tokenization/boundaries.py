@@ -14,7 +14,7 @@ from unicodedata import category
 
 import numpy as np
 
-from mixlm.tokenization.lookahead import PatternReach, Reach, UnprovableError, escaped
+from mixlm.tokenization.pattern_reach import PatternReach, Reach, UnprovableError, escaped
 from mixlm.tokenization.vocabulary import SPACE, components, encode_text, load_component, token_names
 
 # The pattern of ByteLevel, GPT-2's, and that of Whitespace.

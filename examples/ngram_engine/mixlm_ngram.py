@@ -26,7 +26,7 @@ def load(spec):
 
 
 class NgramEngine(Engine):
-    """Mixes the counts behind the last 0 to `ORDER` bytes; a longer context counts for more."""
+    """Mixes the counts after the last 0 to `ORDER` bytes; a longer context counts for more."""
 
     def __init__(self, name, corpus):
         tokens = [bytes([byte]) for byte in range(256)]

@@ -285,7 +285,7 @@ def test_an_unusable_response_is_an_error_that_quotes_it(engine, monkeypatch):
 
 
 def test_a_model_without_gguf_file_is_refused_with_what_to_do():
-    with pytest.raises(ModelNotFoundError, match=r"none stands behind 'smollm2-135m'.*mixlm models get"):
+    with pytest.raises(ModelNotFoundError, match=r"there is none for 'smollm2-135m'.*mixlm models get"):
         load(spec("smollm2-135m"))
     assert not runs_as_gguf("smollm2-135m")
 

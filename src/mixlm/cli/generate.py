@@ -146,7 +146,7 @@ def _biases(values: list[str]) -> dict[str | int, float]:
 
 
 def _text(prompt: str | None, raw: bool) -> str:
-    """Return the prompt, behind the text that is piped in.
+    """Return the prompt, after the text that is piped in.
 
     Removes the newline that ends a message on standard input; `raw` keeps it.
     """

@@ -137,7 +137,7 @@ class Command(TyperCommand):
     """A command whose help shows its options by panel."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Return the parts of the usage line behind the command's name."""
+        """Return the parts of the usage line after the command's name."""
         arguments = [parameter for parameter in self.get_params(ctx) if parameter.param_type_name == "argument"]
         return ["[OPTIONS]", *(_argument_usage(argument) for argument in arguments)]
 

@@ -60,7 +60,7 @@ def _check_names(
 ) -> None:
     """Raise ConfigError where an object ends in nothing: `patternProperties` match no name besides `properties`.
 
-    llguidance offers a comma there, behind which no property can follow. An object of the other names alone shows
+    llguidance offers a comma there, after which no property can follow. An object of the other names alone shows
     it: where there are none, nothing can follow its brace.
     """
     from mixlm.core.limited_objects import LimitedObject, limited_objects
@@ -72,7 +72,7 @@ def _check_names(
                 objects[_schema_source({"anyOf": [{"type": "null"}, limited.others]})] = limited
     if not objects:
         return
-    # Each behind its number. `null` stands for an object that llguidance leaves out, since it has no other names.
+    # Each after its number. `null` stands for an object that llguidance leaves out, since it has no other names.
     rules = [f'object_{i}: "{i}:" %json {source}' for i, source in enumerate(objects)]
     lark = _lark(" | ".join(f"object_{i}" for i in range(len(objects))), rules)
     source = library.LLMatcher.grammar_from_lark(lark)

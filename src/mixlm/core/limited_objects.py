@@ -116,7 +116,7 @@ class _JoinedSchemas:
         return place
 
     def _names(self, schema: Any) -> Mapping[str, Any]:
-        """Return the first JSON object in a schema with each `$id`, and with each `$anchor` behind a #."""
+        """Return the first JSON object in a schema with each `$id`, and with each `$anchor` after a #."""
         if id(schema) not in self._named:
             self._named[id(schema)] = names = dict[str, Any]()
             for node in _nodes(schema):

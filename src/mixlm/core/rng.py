@@ -21,7 +21,7 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _COIN, _SAMPLE = 1, 2
 _PURPOSES = 2
-_NEAR = 8.0  # nats below the most likely symbol, behind which few symbols win, and all but these need no Gumbel noise
+_NEAR = 8.0  # nats below the most likely symbol, beyond which few symbols win, and all but these need no Gumbel noise
 
 
 def _mix(x: int) -> int:

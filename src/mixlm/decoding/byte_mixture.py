@@ -8,7 +8,7 @@ dropped, and the next member samples a cover anew: nothing but the text is kept.
 that says nothing of what comes next, but not, for example, where a token ends: what would be sampled anew there is less
 likely to end. They are dropped after whitespace, so that a text can be read word by word.
 
-Covers are sampled without knowing all of them. Forwards run at boundaries behind the last forced boundary, where most
+Covers are sampled without knowing all of them. Forwards run at boundaries after the last forced boundary, where most
 probability is pending first, and each refines the groups that covers fall into: by where the last token begins, and by
 whether it ends with the text. What is pending at boundaries that have not run bounds what they can add. As soon as the
 uniform number that picks a group picks the same one whatever they add, no more forwards are needed. The token is then

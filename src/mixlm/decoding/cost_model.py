@@ -230,5 +230,5 @@ def layered_lookup_seconds(
 
 
 def _expected_accepted(plan: DraftPlan) -> float:
-    """Return the expected symbols of a block: the accepted proposals, and the one behind them."""
+    """Return the expected symbols of a block: the accepted proposals, and the one after them."""
     return sum(plan.acceptance**count for count in range(plan.block + 1))

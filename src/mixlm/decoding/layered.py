@@ -11,7 +11,7 @@ forward, and positions that the draft's own sub-distribution decides need no ver
 The order of the members. Which symbol is sampled depends on it, though its distribution does not. So that equal seeds
 give equal texts, whatever runs beside them and however fast, the order is a function of the text alone: first comes
 the member with the least `c_i / s_i`, where `c_i` is the size of its weights and `s_i` the mean mass that the envelope
-had behind it alone, at earlier positions of this text at which it came first. The order changes every `_EPOCH`
+had when it alone had run, at earlier positions of this text at which it came first. The order changes every `_EPOCH`
 positions, and a block ends there. Given the text before it, the order is independent of the noise of its position,
 which is all that exactness needs. Drafts, the length of blocks, and which members run at once do not change the text;
 they follow measured times.

@@ -6,7 +6,7 @@ tells it how the next ones will be sampled, so that it can run them before they 
 
 The distribution does not change. A run is cut where a coin falls on another member after all (weights may depend on the
 text), where the text ends or the context is full, and where the member's canonical tokens for the text differ from
-those it generated. All of these follow from the coins and the tokens before the cut; what lies behind it is dropped, so
+those it generated. All of these follow from the coins and the tokens before the cut; what follows it is dropped, so
 what is sampled there anew follows the distribution of its own position.
 """
 
@@ -67,7 +67,7 @@ def generate_run(step: DecodeStep, member: int) -> Flow:
 
 
 def sample_request(step: DecodeStep, member: int) -> SampleRequest:
-    """Return the request for one symbol, with a hint of the positions behind it for engines that run ahead."""
+    """Return the request for one symbol, with a hint of the positions after it for engines that run ahead."""
     view, noise = step.views[member], step.noise
     length = run_length(step, member, min(view.member.run_ahead + 1, step.max_symbols))
     hint = None

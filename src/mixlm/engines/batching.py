@@ -13,7 +13,7 @@ from mixlm.types import Ids, Logits, LogitsRow, TopKFilter
 
 
 class SequenceInput(NamedTuple):
-    """One sequence's input to a forward pass: the ids behind its KV cache, and how many of the last positions count.
+    """One sequence's input to a forward pass: the ids after the cached ones, and how many of the last positions count.
 
     top_k_filter: which of their logits are needed, None for all. run_ahead: what will probably be requested next.
     """

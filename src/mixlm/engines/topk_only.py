@@ -165,7 +165,7 @@ class TopKOnlySession(Session):
     def top_k_queries(
         self, ids: Ids, last: int, top_k_filter: TopKFilter | None = None, allowed: AllowedIds = ()
     ) -> TopTokensQueries:
-        """Yield the queries that `ids` need behind the ids that are cached.
+        """Yield the queries that `ids` need after the ids that are cached.
 
         Returns:
             The logits, float32 (last, vocab), or what the filter keeps of each row.

@@ -173,7 +173,7 @@ class ToySession(Session):
         return length
 
     def forward(self, ids: Ids, last: int) -> Logits:
-        """Look up the logits of the last positions of `ids`, behind those that are cached."""
+        """Look up the logits of the last positions of `ids`, after those that are cached."""
         if self._engine.on_forward is not None:
             self._engine.on_forward(ids, last)
         context = (*self._cached.ids.tolist(), *ids.tolist())

@@ -19,7 +19,7 @@ _OPTION = re.compile(r"\(?([a-z])\)(?:\W.*)?", re.DOTALL)
 
 
 def stated_answer(text: str) -> str:
-    """Return the line behind the last "Answer:", or the last line that is not empty."""
+    """Return the line after the last "Answer:", or the last line that is not empty."""
     places = list(_SAID.finditer(text))
     rest = text[places[-1].end() :] if places else ""
     if rest.strip():

@@ -64,7 +64,7 @@ class ContinuationScorer:
         self._prompt: tuple[RequestContext, dict[int, float]] | None = None
 
     def continuation(self, context: RequestContext, text: str) -> tuple[float, bool]:
-        """Return the natural log-probability of `text` behind a context, and whether it is the greedy continuation.
+        """Return the natural log-probability of `text` after a context, and whether it is the greedy continuation.
 
         Greedy is, where all members have the same tokens of one vocabulary: each token is the most likely one of the
         average. Otherwise: each token of each member that can have weight is that member's most likely one.
@@ -86,7 +86,7 @@ class ContinuationScorer:
         return float(self._with_logprobs(scores, parts, logprobs).mixture(weights).sum()), greedy
 
     def member_scores(self, context: RequestContext, text: str) -> Scores | None:
-        """Return what each member thinks of `text` behind a context, for any weights and routers; None for no text.
+        """Return what each member thinks of `text` after a context, for any weights and routers; None for no text.
 
         Members without weight are not read where weights are fixed. Raises PromptTooLongError when the context and the
         text do not fit a member.
@@ -225,7 +225,7 @@ class RuleContinuationScorer:
         self._scorer = RuleScorer(self._ensemble)
 
     def continuation(self, context: RequestContext, text: str) -> tuple[float, bool]:
-        """Return the natural log-probability of `text` behind a context, and whether it is the greedy continuation.
+        """Return the natural log-probability of `text` after a context, and whether it is the greedy continuation.
 
         A context that is too long for a member loses its beginning. Raises PromptTooLongError when the continuation
         alone is too long.

@@ -96,7 +96,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         return cast(list[str], self._respond(requests, self._generate))
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return natural log-probability and greediness of each request's continuation behind its context."""
+        """Return natural log-probability and greediness of each request's continuation after its context."""
         return [(float(logprob), bool(greedy)) for logprob, greedy in self._respond(requests, _one_by_one(self._score))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:

@@ -19,7 +19,7 @@ from mixlm.tokenization.vocabulary import SPACE
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 _MERGEABLE = (_NORMAL, _USER_DEFINED, _UNUSED)
-# Models whose added tokens take the white space behind them, and those of their tokens that do not.
+# Models whose added tokens take the white space after them, and those of their tokens that do not.
 _TAKES_SPACES = ("phi-3", "phi3")
 _TAKES_NONE = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -275,7 +275,7 @@ def _last_merge(token: str, ranks: Mapping[tuple[str, str], int]) -> tuple[str, 
 def _add_tokens(tokenizer: Any, fields: Mapping[str, Any], tokens: Sequence[str], model: str) -> None:
     """Mark the file's control tokens, and those that are found in a text before anything is merged.
 
-    model: its name in the file, by which llama.cpp knows whose tokens take the white space behind them.
+    model: its name in the file, by which llama.cpp knows whose tokens take the white space after them.
     """
     from tokenizers import AddedToken
 

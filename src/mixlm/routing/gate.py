@@ -1,4 +1,4 @@
-"""A gate: weights from numbers about a state, `softmax(W x + b)`, or with a hidden layer behind it."""
+"""A gate: weights from numbers about a state, `softmax(W x + b)`, or with a hidden layer."""
 
 from __future__ import annotations
 

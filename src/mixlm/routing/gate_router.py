@@ -108,7 +108,7 @@ def top_k_features(logprobs: Floats) -> Floats:
     """Return statistics of likeliest tokens, (states, top_k): float64 (states, TOP_K_FEATURES).
 
     The first probabilities and their logarithms, the entropy in nats, the margin of the first over the second in both,
-    and the mass behind the first ones; all of the probabilities as they are renormalised.
+    and the mass beyond the first ones; all of the probabilities as they are renormalised.
     """
     probabilities, clipped = np.exp(logprobs), np.maximum(logprobs, LOGPROB_FLOOR)
     entropy = -(probabilities * clipped).sum(axis=1)

@@ -31,7 +31,7 @@ class ObservedStates:
         logprobs: float64 (states, top_k).
         hidden: float16 (states, width), or None.
         mass: Their probability together, float64 (states,), where that was kept; routers do not see it.
-        following: The member's token behind each state, int64 (states,), where that is known; -1 for an end.
+        following: The member's token after each state, int64 (states,), where that is known; -1 for an end.
     """
 
     name: str

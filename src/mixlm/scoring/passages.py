@@ -83,7 +83,7 @@ def bare_passages(texts: Sequence[bytes], engines: Sequence[Engine], before: Bef
 def answer_passages(
     ensemble: Ensemble, pairs: Sequence[tuple[Prompt, str]], settings: GenerationOptions, *, ends: bool
 ) -> list[Passage]:
-    """Return answers behind their prompts. ends: whether the end of each answer is scored too."""
+    """Return answers after their prompts. ends: whether the end of each answer is scored too."""
     passages = []
     for prompt, answer in pairs:
         prompts = ensemble.encode_prompt(prompt, settings)

@@ -96,7 +96,7 @@ class RuleScorer:
     def logprobs(self, passages: Sequence[Passage]) -> Floats:
         """Return the log-probability of passages together, float64 (variants,).
 
-        Nothing is read behind a token that no variant gives any probability.
+        Nothing is read after a token that no variant gives any probability.
 
         Raises:
             ConfigError: A text is too long for a context.

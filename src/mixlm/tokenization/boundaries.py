@@ -44,7 +44,7 @@ class _Counting(_OneByOne):
 
 
 class _UnicodeForm(Reach):
-    """A normalization form: a character may be changed by combining ones behind it."""
+    """A normalization form: a character may be changed by combining ones after it."""
 
     def joins(self, left: str, right: str) -> bool:
         return not right.isascii() and (
@@ -53,7 +53,7 @@ class _UnicodeForm(Reach):
 
 
 class _Graphemes(Reach):
-    """Reads clusters of characters: only a space behind a character of no cluster is sure to stand apart."""
+    """Reads clusters of characters: only a space after a character of no cluster is sure to stand apart."""
 
     def joins(self, left: str, right: str) -> bool:
         return right != " " or category(left)[0] in "MC" or left in _PREPENDED
@@ -73,7 +73,7 @@ class _AddedTokens(Reach):
         self._prefixes: set[str] = set()
         self._takes_spaces = self._takes_spaces_before = self._takes_spaces_behind = self._whole_words = False
         for token, content in zip(tokens, contents, strict=True):
-            # Only what comes behind it tells whether a token stands alone, and how many spaces belong to it.
+            # Only what comes after it tells whether a token stands alone, and how many spaces belong to it.
             open_end = token.rstrip or token.single_word
             self._prefixes |= {content[:length] for length in range(1, len(content) + open_end)}
             self._takes_spaces |= token.rstrip or token.lstrip
@@ -90,7 +90,7 @@ class _AddedTokens(Reach):
         return len(text[:end].rstrip()) if self._takes_spaces_before else end
 
     def joins(self, left: str, right: str) -> bool:
-        # A space behind a token may be the first character of the next one, too.
+        # A space after a token may be the first character of the next one, too.
         if self._takes_spaces_behind and left.isspace():
             return True
         return self._whole_words and (not left.isascii() or left.isalnum() or left == "_")
@@ -180,7 +180,7 @@ class Boundaries:
 
         Args:
             left: What is before the cut.
-            right: What is behind it.
+            right: What is after it.
             limit: The offset in the normalized text before which everything is final.
             between_words: Whether another part of what the pre-tokenizers leave begins there.
             split: Whether this is certain, whatever the normalizers do.

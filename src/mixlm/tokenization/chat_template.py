@@ -221,7 +221,7 @@ def turn_tokens(template: ChatTemplate, tokenizer: Any) -> list[str]:
 
 
 def text_after_response(template: ChatTemplate) -> str:
-    """Return what a template writes behind a response; empty where that is nothing, or it takes no conversation."""
+    """Return what a template writes after a response; empty where that is nothing, or it takes no conversation."""
     for roles in _RESPONSES:
         gaps = _gaps(template, roles, add_generation_prompt=False)
         if gaps and (text := gaps[roles.index("assistant") + 1].lstrip()):
@@ -230,7 +230,7 @@ def text_after_response(template: ChatTemplate) -> str:
 
 
 def _around_turns(template: ChatTemplate) -> tuple[list[str], list[str]]:
-    """Return what a template writes in front of a user's turns and behind an assistant's, and in front of theirs."""
+    """Return what a template writes before a user's turns and after an assistant's, and before theirs."""
     user_side = [text_after_response(template)]
     assistant_side: list[str] = []
     for roles in _CONVERSATIONS:
@@ -241,7 +241,7 @@ def _around_turns(template: ChatTemplate) -> tuple[list[str], list[str]]:
 
 
 def _gaps(template: ChatTemplate, roles: Sequence[Role], *, add_generation_prompt: bool) -> list[str]:
-    """Return what stands before, between and behind the messages of a conversation; nothing if one is left out."""
+    """Return what stands before, between and after the messages of a conversation; nothing if one is left out."""
     contents = [f"{PROBE}{number}" for number in range(len(roles))]
     for forms in (contents, [[{"type": "text", "text": content}] for content in contents]):
         turns = [{"role": role, "content": form} for role, form in zip(roles, forms, strict=True)]

@@ -171,7 +171,7 @@ class TokenizerEncoder:
         if mark not in rendered and self._lookalikes is None:
             return list(encode_text(self._chat_tokenizer, rendered, ids_only=True).ids)
         encoding = encode_text(self._finder, rendered)
-        parts: list[tuple[str, list[int]]] = []  # texts, and the special token behind each
+        parts: list[tuple[str, list[int]]] = []  # texts, and the special token after each
         end = 0
         for start, stop, i in self._special_spans(encoding, rendered):
             parts.append((rendered[end:start], [i]))
@@ -231,7 +231,7 @@ class TokenizerEncoder:
         runs, partial = utf8_runs(data)
         text = (runs.pop()[0] or "") if runs and runs[-1][0] else ""
         ids: list[int] = []
-        for before, raw in runs:  # what comes behind stray bytes is encoded apart
+        for before, raw in runs:  # what comes after stray bytes is encoded apart
             ids += self._encode_bytes(raw) if before is None else self._encode_text(before)[0]
         text_ids, stable_ids, stable_characters = self._encode_text(text) if text else ([], 0, 0)
         stable_bytes = sum(len(raw) for _, raw in runs) + len(text[:stable_characters].encode())

@@ -29,7 +29,7 @@ class UnprovableError(Exception):
 
 
 class Reach:
-    """What a stage can read: here each character by itself, and the one behind it."""
+    """What a stage can read: here each character by itself, and the one after it."""
 
     def limit(self, text: str, end: int) -> int:
         """Return an offset before which every decision depends on the first `end` characters of the text alone."""

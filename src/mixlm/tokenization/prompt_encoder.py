@@ -47,8 +47,8 @@ class PromptForm:
     Attributes:
         tools: The functions that the completion may call.
         variables: Further variables of the chat template, such as `enable_thinking`.
-        add_generation_prompt: Whether the prompt ends where a response begins, and not behind the last message.
-        continue_final_message: Whether the prompt ends within the last message, behind its content.
+        add_generation_prompt: Whether the prompt ends where a response begins, and not after the last message.
+        continue_final_message: Whether the prompt ends within the last message, after its content.
     """
 
     tools: tuple[Tool, ...] = ()

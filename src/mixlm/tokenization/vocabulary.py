@@ -328,7 +328,7 @@ def _check_spelling(tokenizer: Any, tokens: Mapping[int, bytes], name: str) -> N
         return
     ids = [i for i in encode_text(tokenizer, "a b  c\n1.").ids if i in tokens]
     spelled = b"".join(tokens[i] for i in ids)
-    # Tokens of a space and more do not do: behind a text, or in front of another one, a space stands alone.
+    # Tokens of a space and more do not do: after a text, or before another one, a space stands alone.
     alone = any(tokenizer.token_to_id(sign) is not None for sign in _SPACES)
     if SPACE.encode() in spelled or not alone:
         raise TokenizerError(

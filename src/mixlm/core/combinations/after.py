@@ -255,7 +255,7 @@ def _kept_by_top_p(lower: Floats, room: float, sampling: Sampling) -> npt.NDArra
     """Bound the share of the mass that comes before each symbol, after temperature and top-k.
 
     In descending order, a symbol is `value`; `level` symbols are not smaller. The free mass `room` may raise some of
-    those behind to it: the next ones are the cheapest and bring the most, so they are a prefix, up to `reach`.
+    the smaller ones to it: the next ones are the cheapest and bring the most, so they are a prefix, up to `reach`.
     """
     alpha, plain = 1 / sampling.temperature, sampling.temperature == 1 and not sampling.top_k
     top = largest_indices(np.where(lower > 0, lower, -np.inf), _LISTED)

@@ -46,7 +46,7 @@ def load(spec: EngineSpec) -> LlamaCppEngine:
         if spec.model.lower().endswith(".gguf"):
             resolve(spec.model)  # raises what is wrong with it
         raise ModelNotFoundError(
-            f"llama.cpp runs GGUF files, and none stands behind {spec.model!r}",
+            f"llama.cpp runs GGUF files, and there is none for {spec.model!r}",
             f"give a .gguf file; of a model of the catalogue it is kept by: mixlm models get {spec.model}",
         )
     if spec.device not in ("auto", "cpu"):

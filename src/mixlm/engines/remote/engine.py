@@ -74,7 +74,7 @@ def _check_url(url: str) -> None:
 
 
 class RemoteEngine(TopKOnlyEngine):
-    """A model behind `http://host:port` or `https://host:port`, `#name` behind it where the server has several.
+    """A model behind `http://host:port` or `https://host:port`, `#name` after it where the server has several.
 
     Several URLs with commas between them are replicas: servers that have the same model.
 

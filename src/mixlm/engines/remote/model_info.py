@@ -122,6 +122,6 @@ async def read_model_card(client: HttpClient, name: str) -> dict[str, Any]:
         problem = f"no model {name!r}" if name else "several models or none"
         raise ConfigError(
             f"{client.base_url} has {problem}; it has: {', '.join(cards) or 'none'}",
-            did_you_mean(name, cards) or "put #NAME behind the URL",
+            did_you_mean(name, cards) or "put #NAME after the URL",
         )
     return dict(cards[name])

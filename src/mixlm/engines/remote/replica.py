@@ -26,7 +26,7 @@ class Replica:
     is in use. sessions: those that stay with it.
 
     Args:
-        url: the server's, with `#` and the model's name behind it where it has several.
+        url: the server's, with `#` and the model's name after it where it has several.
     """
 
     def __init__(self, url: str, key: str | None, limits: ClientLimits) -> None:

@@ -4,7 +4,7 @@ In eager PyTorch, launching its kernels, over a thousand of them, bounds a short
 addresses change, and nothing is decided on the host, they can be captured into a CUDA graph once and then started with
 one call. So a pass has 1, 2, 4, … tokens, padded at the end. Its only inputs are the ids, the length of the sequence
 before them and the positions whose logits are needed, all of them numbers on the device. Keys and values lie in a
-`KVBuffer` of fixed size, and attention covers all of it, through a mask made from the length. Padding stands behind the
+`KVBuffer` of fixed size, and attention covers all of it, through a mask made from the length. Padding follows the
 end of the sequence, so no token attends to it, and later tokens overwrite it.
 
 The RMS norm (Zhang and Sennrich, 2019) of one token costs only the launches of its eight kernels, and there are two
@@ -78,7 +78,7 @@ class FixedShapeForward:
         self._offsets = torch.arange(tokens, device=device)
 
     def set_inputs(self, ids: Ids, length: int, last: int) -> None:
-        """Set the inputs of the next run: up to `tokens` ids behind `length` others, outputs for the `last` ones."""
+        """Set the inputs of the next run: up to `tokens` ids after `length` others, outputs for the `last` ones."""
         count, numbers = len(ids), self._numbers
         numbers[:count] = ids
         numbers[count : self.tokens] = 0
@@ -89,7 +89,7 @@ class FixedShapeForward:
         self._inputs.copy_(self._host, non_blocking=True)
 
     def set_token(self, token: torch.Tensor, length: int) -> None:
-        """Set the input of the next run to one token that only the device knows, int64 (1,), behind `length` others.
+        """Set the input of the next run to one token that only the device knows, int64 (1,), after `length` others.
 
         Nothing of it lies on the host, so any number of such runs may be queued. Only for passes of one token.
         """
@@ -203,7 +203,7 @@ class CudaGraphRunner:
         return logits
 
     def run_token(self, buffer: KVBuffer, token: torch.Tensor, length: int) -> torch.Tensor:
-        """Run one token, int64 (1,) on the device, behind `length` others. Returns its logits, (1, vocab).
+        """Run one token, int64 (1,) on the device, after `length` others. Returns its logits, (1, vocab).
 
         The token must fit, and counts once a KV cache's length includes it. The logits are valid until the next run.
         """

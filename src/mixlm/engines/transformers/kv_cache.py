@@ -27,7 +27,7 @@ LayerTensors = dict[int, tuple[torch.Tensor, torch.Tensor]]  # keys and values, 
 
 
 class Segment(NamedTuple):
-    """What a cache holds of successive tokens. state: of the recurrent layers behind the last one, None if unknown."""
+    """What a cache holds of successive tokens. state: of the recurrent layers after the last one, None if unknown."""
 
     tokens: int
     layers: LayerTensors
@@ -255,7 +255,7 @@ class KVCache:
         self.length = length
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values, (KV heads, n, head dimension), behind the first `length`; return all as views."""
+        """Write keys and values, (KV heads, n, head dimension), after the first `length`; return all as views."""
         end = self.length + key.shape[1]
         keys, values = self.reserve(end).layer(layer, key, value)
         keys[:, self.length : end] = key

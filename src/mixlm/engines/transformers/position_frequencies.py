@@ -1,8 +1,8 @@
 """Rotary position frequencies that depend on how long a sequence is: longrope, and dynamic NTK scaling.
 
 transformers takes the frequencies of all positions of a forward pass from the longest position in it: those of Phi-3's
-longrope (Ding et al., 2024, arXiv 2402.13753) change behind the length of pretraining, those of dynamic NTK with every
-token behind it. Keys in a KV cache, the parts of a prompt, and other sequences of a batch would get others than a
+longrope (Ding et al., 2024, arXiv 2402.13753) change beyond the length of pretraining, those of dynamic NTK with every
+token beyond it. Keys in a KV cache, the parts of a prompt, and other sequences of a batch would get others than a
 forward pass of the whole text gives. So a length has a regime; a cache is of one regime, and so is a forward pass.
 """
 
@@ -64,7 +64,7 @@ def unknown_frequencies(model: Any, longest: int) -> str | None:
 
 
 def _rules(module: Any) -> list[tuple[int, bool]]:
-    """Return the lengths behind which a module's frequencies are others, and whether they change with every token."""
+    """Return the lengths beyond which a module's frequencies are others, and whether they change with every token."""
     kinds = getattr(module, "rope_type", None)
     rules = []
     for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:

@@ -34,7 +34,7 @@ MIN_TOKENS = 16  # fewer are neither kept by themselves nor looked for
 
 @dataclass(eq=False)
 class _Node:
-    """Some tokens behind those of its parent. used: when it was last loaded or inserted, as a number that rises."""
+    """Some tokens after those of its parent. used: when it was last loaded or inserted, as a number that rises."""
 
     ids: Ids
     segment: Segment
@@ -157,7 +157,7 @@ class PrefixCache:
         self._evict()
 
     def _split(self, node: _Node, part: int) -> _Node:
-        """Divide a node behind its first tokens. Returns the node of these: itself where there is nothing to divide."""
+        """Divide a node after its first tokens. Returns the node of these: itself where there is nothing to divide."""
         if part == len(node.ids):
             return node
         assert node.parent is not None

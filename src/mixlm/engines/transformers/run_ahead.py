@@ -6,7 +6,7 @@ waiting for the host: each pass starts while the one before it runs, and its log
 
 The host samples every token again, and its sample is the one that counts: the device's logarithms may round otherwise,
 and the text may be encoded otherwise, end or be rolled back. A row that ran ahead is a response to the ids that it ran
-on and to no others. Where it is dropped, its keys and values lie behind the KV cache's length and are overwritten.
+on and to no others. Where it is dropped, its keys and values lie beyond the KV cache's length and are overwritten.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class RunAhead:
         return candidates
 
     def _extend(self, hint: RunAheadHint, started: int) -> None:
-        """Start the passes that are missing. The hint's first key samples the token behind the KV cache."""
+        """Start the passes that are missing. The hint's first key samples the token after the cached ones."""
         buffer = self._cache.reserve(0)
         for length, key in enumerate(hint.keys[started:], self._cache.length + started):
             if length >= min(self._max_tokens, buffer.size):

@@ -24,7 +24,7 @@ _SHORT = 128
 # Total variation. In bfloat16, rounding alone makes up to 0.03 between two ways to compute a distribution.
 TOLERANCE = 0.05
 EXACT_TOLERANCE = 1e-4  # in float32
-# Lengths in a configuration behind which a model attends, or counts positions, otherwise.
+# Lengths in a configuration beyond which a model attends, or counts positions, otherwise.
 _SPECIAL = re.compile(
     r"window|chunk|original_max_position|local|conv|kernel|block_(size|len)|stride|topk|ratio|compress"
 )
@@ -84,7 +84,7 @@ def sample_ids(vocab_size: int, length: int = LENGTH) -> Ids:
 
 
 def special_lengths(config: Any) -> dict[str, int]:
-    """Return the lengths in a configuration behind which a model may attend otherwise, by their names."""
+    """Return the lengths in a configuration beyond which a model may attend otherwise, by their names."""
     lengths: dict[str, int] = {}
 
     def collect(fields: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ class SnapshotCache:
         self._rewind(self.length)
 
     def _rewind(self, length: int) -> None:
-        """Set the layers to what they held behind `length` tokens, for which there is a snapshot if there are any."""
+        """Set the layers to what they held after `length` tokens, for which there is a snapshot if there are any."""
         if not length:
             self.cache = None if self.has_state else type(self.cache)()
             return
@@ -89,7 +89,7 @@ class SnapshotCache:
         return list(self._snapshots) if self.has_state else [self.length]
 
     def copy_segment(self, start: int, end: int) -> Segment:
-        """Return a copy of keys and values of the tokens from `start` to `end`, and the state behind them, if known."""
+        """Return a copy of keys and values of the tokens from `start` to `end`, and the state after them, if known."""
         layers = {
             index: (layer.keys[0, :, start:end], layer.values[0, :, start:end])
             for index, layer in enumerate(self.cache.layers)

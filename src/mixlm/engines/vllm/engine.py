@@ -35,7 +35,7 @@ from mixlm.models.resolve import resolve
 from mixlm.types import Candidates, Ids, Sampling
 
 _DEFAULT_CONTEXT = 8192
-_BLOCK_SIZE = 32  # the smallest that vLLM runs on a CPU: tokens behind the last whole block are prefilled again
+_BLOCK_SIZE = 32  # the smallest that vLLM runs on a CPU: tokens after the last whole block are prefilled again
 _MAX_SEQUENCES = 64
 
 

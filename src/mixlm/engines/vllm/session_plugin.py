@@ -1,6 +1,6 @@
 """A route of vLLM's server on which one sequence is continued again and again. Imported by vLLM only.
 
-A request to `/v1/completions` carries the whole prompt, and vLLM prefills again what lies behind the last whole block
+A request to `/v1/completions` carries the whole prompt, and vLLM prefills again what follows the last whole block
 of its prefix cache. Here a sequence is a WebSocket: a message says how many of the tokens so far are kept, which ones
 are added, and how many to generate; the response has the new tokens. Behind it is one of vLLM's streaming-input
 sessions, which keeps the KV cache to the last token. A sequence that is cut back begins a new one, with what the prefix

@@ -76,7 +76,7 @@ export class Conversation {
     return messages;
   }
 
-  // Add a user's message behind a completion, or behind the root.
+  // Add a user's message after a completion, or after the root.
   addUser(parent, text) {
     const user = { ...newNode("user", parent.id), text };
     this.addSlot(parent, [user]);

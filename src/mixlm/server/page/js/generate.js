@@ -69,7 +69,7 @@ function addUsage(work, { completion_tokens: tokens, mixlm }) {
 const continued = (messages, text) =>
   text ? { messages: [...messages, { role: "assistant", content: text }], continue_final_message: true } : { messages };
 
-// Returns, for each member, its most likely tokens behind a text: [{ member, top: [[token, logprob]] }]. Of a member that
+// Returns, for each member, its most likely tokens after a text: [{ member, top: [[token, logprob]] }]. Of a member that
 // ended the text, the log-probability is not known: null. requests: by each member alone.
 export function nextTokens(requests, members, messages, text) {
   return Promise.all(

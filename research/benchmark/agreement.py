@@ -42,11 +42,11 @@ class AgreementDistribution:
             raise UnsupportedError(f"the members share {self._ids.size} tokens, too few to disagree in")
 
     def agrees(self, ids: Ids) -> bool:
-        """Whether the members have one distribution behind these ids."""
+        """Whether the members have one distribution after these ids."""
         return bool(self._rng(ids).random() < self.share)
 
     def __call__(self, member: int, ids: Ids) -> Logits:
-        """Return a member's logits behind these ids: float32 (vocab,), -inf for what it cannot write."""
+        """Return a member's logits after these ids: float32 (vocab,), -inf for what it cannot write."""
         rng = self._rng(ids)
         agrees = rng.random() < self.share
         values = rng.normal(scale=_SCALE, size=self._ids.size)

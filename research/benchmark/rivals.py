@@ -50,7 +50,7 @@ class Rival:
             self._options["assistant_ensemble_weight"] = float(weights[0] / weights.sum())
 
     def measure(self, sequence: int, tokens: int) -> TimedRun:
-        """Write behind the first token, or with an assistant behind the first block."""
+        """Write after the first token, or with an assistant after the first block."""
         import torch
         from transformers import GenerationConfig
 

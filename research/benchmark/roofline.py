@@ -67,7 +67,7 @@ class ForwardNeeds:
 
         Reading, computing and launching kernels overlap, so the longest of them counts; with captured graphs there is
         one launch. With several devices each layer adds up its
-        parts twice, behind attention and behind the rest.
+        parts twice, after attention and after the rest.
         """
         read = self.bytes(context) / (machine.bandwidth * devices)
         computed = self.operations(tokens, context) / (machine.compute * devices)

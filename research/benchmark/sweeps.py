@@ -193,7 +193,7 @@ def _context(task: _SweepTask) -> _SweepResult:
 
 
 class _LongContextContestant:
-    """A contestant behind a prompt that its sessions have read already."""
+    """A contestant after a prompt that its sessions have read already."""
 
     def __init__(
         self, contestant: EnsembleContestant, prompts: EncodedPrompt, sessions: Sequence[Session], names: Sequence[str]

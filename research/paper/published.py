@@ -23,7 +23,7 @@ class PublishedModel:
 
 @dataclass(frozen=True, slots=True)
 class PublishedScore:
-    """A printed accuracy in percent, and the gain over the best single model as printed behind it."""
+    """A printed accuracy in percent, and the gain over the best single model as printed after it."""
 
     value: float
     gain: float

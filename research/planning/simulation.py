@@ -141,7 +141,7 @@ class _Simulation:
             event()
 
     def _at(self, delay: float, event: Callable[[], None], *, last: bool = False) -> None:
-        """Let something happen later. last: behind all else that happens at that time."""
+        """Let something happen later. last: after all else that happens at that time."""
         self._count += 1
         heapq.heappush(self._events, (self.now + delay, last, self._count, event))
 
@@ -280,7 +280,7 @@ def simulate(costs: PlanCosts, load: Workload, *, count: int = 1000, seed: int =
     simulation.run()
     times = np.array([when for when, _ in simulation.wrote])
     counts = np.cumsum([number for _, number in simulation.wrote])
-    # While completions come: what is left behind the last of them is written by ever fewer at once.
+    # While completions come: what is left after the last of them is written by ever fewer at once.
     close = simulation.last_came or min(end for _, end in simulation.done)
     begin = close / 5
     before, within = np.searchsorted(times, (begin, close), side="right")

@@ -2,7 +2,7 @@
 
 python -m research.scripts.batch_attention [MODEL] [--at 16x2000,16x256,…] [--dtype NAME] [--rounds N]
 
-16x2000 are 16 sequences behind 2,000 tokens each, 16x2000m behind 1,000 to 2,000. Their KV caches are filled with a
+16x2000 are 16 sequences after 2,000 tokens each, 16x2000m after 1,000 to 2,000. Their KV caches are filled with a
 number, and a pass runs one token of each. Both ways run in turn, in one process, on one model: what differs is whether
 KV buffers lie side by side. "attention" is the share of the passes' time, sequence by sequence.
 """

@@ -2,9 +2,9 @@
 
 python -m research.scripts.prefix_speed [turn] [replies] [recurrent] [--repeats N] [--output FILE]
 
-turn: the time to the first token of a second turn behind 1,000 tokens, with a prefix cache and without. replies: the
+turn: the time to the first token of a second turn after 1,000 tokens, with a prefix cache and without. replies: the
 first tokens of 16 completions of one prompt of 500 tokens: tokens that ran, over those of the prompt, and the time.
-recurrent: a token behind 2,000 others and one behind 50, in models of dummy weights.
+recurrent: a token after 2,000 others and one after 50, in models of dummy weights.
 
 Each repeat of each case is a row of JSON, written when it is there; rows that the file has are not measured again, and
 rows of another machine or dtype are refused. What is compared is measured in turn, in one process. The table at the end
@@ -128,7 +128,7 @@ def recurrent_model(family: str, dtype: str) -> tuple[Any, dict[int, HFSession],
 
 def recurrent(family: str, dtype: str) -> Callable[[str, int], Row]:
     def measured(name: str, repeat: int) -> Row:
-        """Return the median seconds of a further token behind a short and a long text, in turn."""
+        """Return the median seconds of a further token after a short and a long text, in turn."""
         runner, sessions, ids = recurrent_model(family, dtype)
         steps: dict[int, list[float]] = {length: [] for length in sessions}
         for _ in range(STEPS):

@@ -10,7 +10,7 @@ texts of the rule: the mean mass with which the first member decides alone (`lay
 `Σ_u 1 / Σ_v max(p_v / p_u, q_v / q_u)`.
 `guidance` takes the first model twice, in its chat template, after `--system` and after `--negative`.
 
-With --json, a row is written as soon as it is measured, and a run that was stopped goes on behind its last one. The
+With --json, a row is written as soon as it is measured, and a run that was stopped goes on after its last one. The
 file has a line of JSON a rule; `rule_page` puts it into the docs.
 """
 

@@ -7,7 +7,7 @@
 
 The members share one vocabulary. Every variant of every rule is scored in one pass of them: `VARIANTS`. `contrastive`
 has LARGE for its expert and SMALL for its amateur; its alpha is 0, since a text with one implausible token would have
-no probability. `guidance` is SMALL alone, behind the prompt and without it. The prompt of a passage is its first 250
+no probability. `guidance` is SMALL alone, with the prompt and without it. The prompt of a passage is its first 250
 bytes, which are not scored; that of an answer its question.
 A rule's parameters are those under which the training part is the most likely, or the right answers of `--fit` are.
 Texts are divided as in `router_study`, and the likeliest answer, by the byte, is a model's. Intervals are 95 %,
@@ -112,7 +112,7 @@ class Item:
 
 
 def text_items(inputs: Sequence[str], train: int, check: int) -> list[Item]:
-    """Return the passages of texts, each behind its first bytes."""
+    """Return the passages of texts, each after its first bytes."""
     parts = {name: split_text(Path(path), train, check) for name, _, path in (given.partition("=") for given in inputs)}
     seen = [data for fitted, _ in parts.values() for data in fitted]
     items = []

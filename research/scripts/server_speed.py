@@ -4,7 +4,7 @@ Overhead of a run: from one answer to the next, less what llama.cpp says it took
 loopback; the median, which on a busy machine is mostly waiting for a processor; and mixlm's own processor time.
 
 Throughput: completions by equal weights over two servers, each with one thread, against the servers by themselves:
-  the same work    each sequence's requests once more, one behind the other: all that was read and written, with
+  the same work    each sequence's requests once more, one after the other: all that was read and written, with
                    nobody between the servers
   written alone    each server writes as many tokens of every completion as its member did, in one request, and reads
                    nothing of the other's

@@ -19,7 +19,7 @@ from mixlm.engines.transformers import load_trial
 from mixlm.engines.transformers.attention import AttentionForm, Lengths, VarlenKernel
 from mixlm.engines.transformers.kv_cache import KVBufferPool, KVCache
 from mixlm.engines.transformers.packed_sequences import PackedSequences
-from mixlm.engines.transformers.runner import _SLOTS
+from mixlm.engines.transformers.runner import _BUFFERS_PER_SLAB
 
 HEADS, GROUPS, SIZE, LAYERS = 2, 3, 8, 2
 
@@ -114,7 +114,7 @@ def test_lengths_that_differ_much_and_long_parts_do_not_attend_together(monkeypa
 
 def test_where_there_are_no_addresses_for_more_buffers_each_is_for_itself(tmp_path, monkeypatch):
     engine = load(build(tmp_path / "m", "llama"))
-    first = [engine.session() for _ in range(_SLOTS)]  # the slab is full
+    first = [engine.session() for _ in range(_BUFFERS_PER_SLAB)]  # the slab is full
     for session in first:
         session.logits(random_ids(engine, 5))
     reserve, calls = mmap.mmap, []

@@ -110,7 +110,7 @@ def run_interleaved(
 
 
 def settings_record(ensemble: Ensemble, plan: BenchPlan, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the runs, for reports."""
+    """Return the settings of the runs, as `BenchReport` holds them."""
     resolved = ensemble.settings(**{name: value for name, value in options.items() if name != "draft"})
     return {
         "tokens": plan.tokens,

@@ -2,7 +2,7 @@
 
 A position says which members it needs next, and chooses its symbol from their distributions and its own noise alone. So
 the text does not depend on the draft: a proposal is accepted where it is the symbol that the position chooses, and what
-lies behind a rejected one is dropped.
+follows a rejected one is dropped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Position(ABC):
         step: The decode step.
         members: Those that take part.
         parts: What is known of the members that ran, by member.
-        proposal: The symbol that the next position of the block stands behind.
+        proposal: The symbol assumed here by the block's next position.
         is_guess: Whether the proposal was made before the symbol was chosen.
         choice: What it chose, once that is certain.
     """
@@ -114,7 +114,7 @@ def draft_block(
 ) -> RequestFlow[list[P]]:
     """Return the positions of a block. A draft that is a member runs at all of them.
 
-    Positions that the draft alone decides are not proposals: the block goes on behind them at no risk.
+    Positions that the draft alone decides are not proposals: the block goes on after them at no risk.
 
     Args:
         step: The first position.

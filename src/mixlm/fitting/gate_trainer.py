@@ -2,8 +2,9 @@
 
 A linear gate of few inputs is trained on all items at once, by L-BFGS (Liu and Nocedal, 1989). Of many inputs, or with
 an inner layer, small steps generalise better: mini-batches by Adam (Kingma and Ba, 2015) with decoupled weight decay
-(Loshchilov and Hutter, 2019). How much its coefficients are held down, and how many steps it takes, is chosen on items
-that the gate has not seen; then it is trained on all of them.
+(Loshchilov and Hutter, 2019). The penalty on its coefficients and the number of rounds (iterations of L-BFGS, epochs of
+Adam) are chosen on items that the gate has not seen; then it is trained on all of them. Where there are too few to hold
+any out, a linear gate of few inputs takes the largest penalty and all iterations.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mixlm.types import Floats, Ids
 GateKind = Literal["linear", "mlp"]
 WIDTH = 64  # of the inner layer
 PENALTIES = (5e-4, 5e-3, 5e-2)  # of L-BFGS: nats an item, times the squares of the coefficients
-DECAYS = (0.0, 3.0, 30.0)  # of Adam: weight decay of a step, in units of the learning rate
+DECAYS = (0.0, 3.0, 30.0)  # of Adam: weight decay of an update, in units of the learning rate
 _FEW = 128  # inputs
 _ITERATIONS = 200
 _EPOCHS = 40
@@ -32,7 +33,7 @@ _PATIENCE = 5  # iterations or epochs without a gain on the items that are held 
 # of inputs that say nothing too, and with many of them larger steps fit noise before they fit anything else.
 _RATES = {"linear": 3e-3, "mlp": 2e-3}
 _BATCH = 256  # items
-_MIN_STEPS = 64  # of an epoch: of few items it goes through them several times
+_MIN_UPDATES = 64  # of an epoch: of few items it goes through them several times
 _LEAST_SCALE = 0.05  # added to an input's standard deviation: one that hardly varies would be magnified
 _VALIDATION = 0.25  # of each text
 _MIN_SEGMENTS = 16
@@ -65,7 +66,9 @@ def train_with_validation(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gate:
-    """Return a gate with the penalty and the steps that are best for what is held out, trained on all of it.
+    """Return a gate with the penalty and the number of rounds that are best for held-out text, trained on all of it.
+
+    With too little text to hold any out, a linear gate of few inputs takes the largest penalty and all iterations.
 
     Args:
         scores: Texts scored by the same members; the last quarter of each is held out first.
@@ -86,16 +89,16 @@ def train_with_validation(
             return _by_lbfgs(whole, _untrained(whole, weights, kind, seed), PENALTIES[-1], _ITERATIONS)
         raise ConfigError("there is too little text to train a gate", "give texts of a few kilobytes, better of many")
     train, check = (objective(concatenate(side)) for side in zip(*parts, strict=True))
-    fit, penalties, steps = (_by_lbfgs, PENALTIES, _ITERATIONS) if few else (_by_adam, DECAYS, _EPOCHS)
+    fit, penalties, max_rounds = (_by_lbfgs, PENALTIES, _ITERATIONS) if few else (_by_adam, DECAYS, _EPOCHS)
     trials: list[tuple[float, float, int]] = []
     for penalty in penalties:
-        losses = _watched(fit, train, check, _untrained(train, weights, kind, seed), penalty, steps)
+        losses = _watched(fit, train, check, _untrained(train, weights, kind, seed), penalty, max_rounds)
         trials.append((min(losses), penalty, int(np.argmin(losses))))
         if progress is not None:
             progress(len(trials), len(penalties) + 1)
-    _, penalty, steps = min(trials)
+    _, penalty, best_rounds = min(trials)
     gate = _untrained(whole, weights, kind, seed)
-    return fit(whole, gate, penalty, steps) if steps else gate
+    return fit(whole, gate, penalty, best_rounds) if best_rounds else gate
 
 
 class _Fit(Protocol):
@@ -104,7 +107,7 @@ class _Fit(Protocol):
         objective: Objective,
         gate: Gate,
         penalty: float,
-        steps: int,
+        rounds: int,
         watch: Callable[[Gate], None] | None = None,
         /,
     ) -> Gate: ...
@@ -127,8 +130,8 @@ def _untrained(objective: Objective, weights: Floats, kind: GateKind, seed: int)
     )
 
 
-def _watched(fit: _Fit, train: Objective, check: Objective, gate: Gate, penalty: float, steps: int) -> list[float]:
-    """Train until what is held out no longer gains. Returns its loss before and after each step."""
+def _watched(fit: _Fit, train: Objective, check: Objective, gate: Gate, penalty: float, max_rounds: int) -> list[float]:
+    """Train until what is held out no longer gains. Returns its loss before and after each round."""
     inputs = gate.standardised(check.inputs)
     losses = [gradients(gate, inputs, check.loss)[0]]
 
@@ -137,7 +140,7 @@ def _watched(fit: _Fit, train: Objective, check: Objective, gate: Gate, penalty:
         if len(losses) - int(np.argmin(losses)) > _PATIENCE:
             raise StopIteration
 
-    fit(train, gate, penalty, steps, watch)
+    fit(train, gate, penalty, max_rounds, watch)
     return losses
 
 
@@ -174,17 +177,17 @@ def _by_adam(
     rate = _RATES["mlp" if gate.outer.size else "linear"] / float(np.sqrt(x.shape[-1]))
     names = [name for name in ARRAYS if getattr(gate, name).size]
     moments = {name: np.zeros((2, *getattr(gate, name).shape), dtype=np.float32) for name in names}
-    passes, steps = -(-_MIN_STEPS * _BATCH // max(len(x), _BATCH)), 0
+    passes, updates = -(-_MIN_UPDATES * _BATCH // max(len(x), _BATCH)), 0
     for _ in range(epochs):
         for batch in _batches(len(x), passes, rng):
             _, slopes = gradients(gate, x[batch], lambda shares, items: objective.loss(shares, batch[items]))  # noqa: B023
-            steps += 1
+            updates += 1
             changed = {}
             for name, moment in moments.items():
                 slope, value = slopes[name], getattr(gate, name)
                 moment[0] += 0.1 * (slope - moment[0])
                 moment[1] += 0.001 * (slope * slope - moment[1])
-                step = moment[0] / (1 - 0.9**steps) / (np.sqrt(moment[1] / (1 - 0.999**steps)) + 1e-8)
+                step = moment[0] / (1 - 0.9**updates) / (np.sqrt(moment[1] / (1 - 0.999**updates)) + 1e-8)
                 if not name.endswith("bias"):
                     step += decay * value
                 changed[name] = (value - rate * step).astype(np.float32)

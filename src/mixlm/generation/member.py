@@ -25,23 +25,23 @@ from mixlm.units.base import TextState, mark_duplicates
 class _MappedIds(NamedTuple):
     """Ids and the symbols that they stand for: first those that one id stands for, then the others.
 
-    ids: int64 (n,). symbols: distinct, int64 (symbols,). single, double: indices of ids with and without a symbol of
+    ids: int64 (n,). symbols: distinct, int64 (symbols,). unique, shared: indices of ids with and without a symbol of
     their own, int64.
     """
 
     ids: Ids
     symbols: Ids
-    single: Ids
-    double: Ids
-    symbols_of_double: Ids
+    unique: Ids
+    shared: Ids
+    symbols_of_shared: Ids
 
     @classmethod
     def of(cls, ids: Ids, symbols: Ids, has_duplicates: npt.NDArray[np.bool_]) -> _MappedIds:
-        double = np.flatnonzero(has_duplicates)
-        if not double.size:
-            return cls(ids, symbols, double, double, double)
-        single = np.flatnonzero(~has_duplicates)
-        return cls(ids, np.concatenate([symbols[single], np.unique(symbols[double])]), single, double, symbols[double])
+        shared = np.flatnonzero(has_duplicates)
+        if not shared.size:
+            return cls(ids, symbols, shared, shared, shared)
+        unique = np.flatnonzero(~has_duplicates)
+        return cls(ids, np.concatenate([symbols[unique], np.unique(symbols[shared])]), unique, shared, symbols[shared])
 
 
 @dataclass(eq=False)
@@ -101,15 +101,15 @@ class Member:
         mapped = self._mapped
         if mapped is None or mapped.ids is not ids:
             mapped = self._mapped = _MappedIds.of(ids, self.symbols[ids], self._has_duplicates[ids])
-        _, symbols, single, double, symbols_of_double = mapped
-        if not double.size:
+        _, symbols, unique, shared, symbols_of_shared = mapped
+        if not shared.size:
             return Candidates(symbols, logprobs)
-        pooled = pool(symbols_of_double, logprobs[double])
-        out = np.empty(single.size + pooled.ids.size)
-        np.take(logprobs, single, out=out[: single.size])
-        out[single.size :] = pooled.logprobs
+        pooled = pool(symbols_of_shared, logprobs[shared])
+        out = np.empty(unique.size + pooled.ids.size)
+        np.take(logprobs, unique, out=out[: unique.size])
+        out[unique.size :] = pooled.logprobs
         if out.size < symbols.size:  # something underflows
-            symbols = np.concatenate([symbols[: single.size], pooled.ids])
+            symbols = np.concatenate([symbols[: unique.size], pooled.ids])
         return Candidates(symbols, out)
 
 
@@ -198,7 +198,7 @@ class MemberView:
         return allowed is not None and not (allowed & (self.member.symbols >= 0)).any()
 
     def sample(self, distribution: Candidates, noise: Noise) -> SampleResponse:
-        """Sample a symbol from a distribution of this member's: here the text is decided.
+        """Sample a symbol from this member's distribution: what `mixture`, `single` and `speculative` emit.
 
         Raises:
             UnsupportedError: The distribution is empty.

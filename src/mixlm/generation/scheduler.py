@@ -3,13 +3,14 @@
 Each generation waits for one member, or for several. The engine with the most waiting requests is called next, with all
 of them; a generation that ends makes room for the next prompt at once. Serving the longest queue is what makes a
 batched mixture worthwhile: stepping all sequences in lockstep would read every member's weights at every step. With n
-equal members a forward then serves 2/(n + 1) of all sequences, against 1/n in conventional: 2n/(n + 1) times as many
-tokens a forward. An engine with a queue of its own, such as a server, gets each request as it comes, so that it is
-never idle while another one works.
+equal members, a forward then yields a token for 2/(n + 1) of the sequences. Conventional decoding needs n forwards for
+one token of each sequence, 1/n per forward: the mixture yields 2n/(n + 1) times as many tokens per forward. An engine
+with a queue of its own, such as a server, gets each request as it comes, so that it is never idle while another one
+works.
 
 A long prompt does not hold up the others: where `prefill_chunk` is set, a call runs at most so many tokens of prompts,
 and the decode steps of other sequences run in the same calls and between them. A chunk is a request for a prefix of the
-prompt, behind which the request itself is queued again. Its size follows the time that calls take (`chunks`). Prompts
+prompt, after which the request itself is queued again. Its size follows the time that calls take (`chunks`). Prompts
 of several clients take turns, and the engine that a client's new prompt waits for is called next: however many prompts
 another one has sent, it waits for the call in progress. A generation can be preempted between calls: another one takes
 its slot, and it goes on later.
@@ -57,12 +58,12 @@ _ONE_LOGIT = TopKFilter(1, np.zeros(0, dtype=np.int64))
 
 @dataclass(slots=True)
 class _Waiting:
-    """A generation and the responses it waits for. void: a member was excluded, and others are requested."""
+    """A generation and the responses it waits for. superseded: a member was excluded, and others are requested."""
 
     generation: Generation
     responses: list[Response]
     missing: int
-    void: bool = False
+    superseded: bool = False
 
 
 class _QueuedRequest(NamedTuple):
@@ -96,14 +97,14 @@ class _EngineQueue:
 class _Batch(NamedTuple):
     """The requests of one call.
 
-    prefill_tokens: how many tokens of prompts it runs. chunk: how many of a long one, 0 for none. alone: whether every
-    generation waits for its prompt.
+    prefill_tokens: how many tokens of prompts it runs. chunk: how many of a long one, 0 for none. only_prefills:
+    whether every generation waits for its prompt.
     """
 
     requests: list[_QueuedRequest]
     prefill_tokens: int = 0
     chunk: int = 0
-    alone: bool = False
+    only_prefills: bool = False
 
 
 class _Running(NamedTuple):
@@ -118,7 +119,7 @@ class Scheduler:
 
     Args:
         max_active: Generations in progress; the others wait, in order.
-        prefill_chunk: Most tokens of prompts that one call runs; None for no limit, which is fastest in all.
+        prefill_chunk: Most tokens of prompts that one call runs; None for no limit, which is fastest overall.
     """
 
     def __init__(self, max_active: int = 16, prefill_chunk: int | None = None) -> None:
@@ -214,10 +215,12 @@ class Scheduler:
         self._call_engines()
         for future in self._wait():
             queue, batch, call, start = self._running.pop(future)
-            queue.chunks.record(time.perf_counter() - start, batch.prefill_tokens, batch.chunk, alone=batch.alone)
+            queue.chunks.record(
+                time.perf_counter() - start, batch.prefill_tokens, batch.chunk, alone=batch.only_prefills
+            )
             responses = responses_of([queued.addressed for queued in batch.requests], call)
             for queued, response in zip(batch.requests, responses, strict=True):
-                if queued.waiting.generation.finished or queued.waiting.void:
+                if queued.waiting.generation.finished or queued.waiting.superseded:
                     continue  # failed or cancelled meanwhile
                 if queued.rest is not None and not isinstance(response, MixlmError):
                     queue.requests.append(queued.rest)  # what is left after a chunk
@@ -233,7 +236,7 @@ class Scheduler:
         """Hand a response to its generation. Returns whether that advanced or ended."""
         waiting, generation = queued.waiting, queued.waiting.generation
         if isinstance(response, MixlmError):
-            waiting.void = True
+            waiting.superseded = True
             self._take_requests(generation)
             if isinstance(response, EngineError):
                 response = MemberError(queued.addressed.request.member, response)
@@ -333,7 +336,7 @@ class Scheduler:
             self._call(queue, batch)
 
     def _next_queue(self, queues: list[_EngineQueue]) -> _EngineQueue:
-        """Return the one that waited for long, else that of a client's new prompt, else the longest."""
+        """Return the queue that has waited too long, else that of a client's new prompt, else the longest."""
         oldest = min(queues, key=lambda queue: queue.since)
         if self._calls - oldest.since >= _MAX_SKIPPED_CALLS:
             return oldest
@@ -365,8 +368,8 @@ class Scheduler:
             (prefills if _is_prefill(queued) else requests).append(queued)
         if not prefills or (queue.chunks.needs_decode_step and requests):
             return _Batch(requests), prefills
-        alone = self._only_prefills()
-        chunk = min(queue.chunks.alone if alone else queue.chunks.beside, self.prefill_chunk)
+        only_prefills = self._only_prefills()
+        chunk = min(queue.chunks.alone if only_prefills else queue.chunks.beside, self.prefill_chunk)
         budget = total = min(max(chunk, _SHORT_PROMPT), self.prefill_chunk)
         later: list[_QueuedRequest] = []
         has_chunk = False
@@ -380,7 +383,7 @@ class Scheduler:
             else:
                 later.append(queued)
                 budget = 0  # the prefills behind it do not overtake it
-        return _Batch(requests, total - budget, chunk if has_chunk else 0, alone), later
+        return _Batch(requests, total - budget, chunk if has_chunk else 0, only_prefills), later
 
     def _only_prefills(self) -> bool:
         """Whether every generation waits for the prefill of a prompt: then none is held up by one."""

@@ -1,7 +1,7 @@
 """One member's scores of given texts: the log-probability of each of its own tokens, and what a router observes of it.
 
 Short texts are scored several at a time. Answers to one question, which follow one another, have their prompt in
-common: it runs once, and the answers one after the other behind it, beside those to other questions.
+common: it runs once, and the answers one by one after it, beside those to other questions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def member_scores(
         progress: Called with the member's name, the passages done and their number.
     """
 
-    def read() -> cache.Arrays:
+    def compute() -> cache.Arrays:
         start = time.perf_counter()
         logprobs: list[Floats] = []
         bits: list[float] = []
@@ -69,7 +69,7 @@ def member_scores(
         for passage, (_, bounds) in zip(passages, encoded, strict=True)
     ]
     lengths = {"logprobs": sum(map(len, starts)), "prompt_bits": len(passages)}
-    known = cache.cached(["tokens"], member.engine, model, _key(passages, encoded), read, lengths)
+    known = cache.cached(["tokens"], member.engine, model, _key(passages, encoded), compute, lengths)
     if progress is not None:
         progress(member.name, len(passages), len(passages))
     logprobs = np.split(known["logprobs"], np.cumsum([len(own) for own in starts])[:-1])
@@ -93,7 +93,7 @@ def observed_states(
     It is one more pass of the member. observes: what is observed; the rest as for `member_scores`.
     """
 
-    def read() -> cache.Arrays:
+    def compute() -> cache.Arrays:
         parts = []
         for passage, (ids, bounds) in zip(passages, encoded, strict=True):
             length, session = len(ids) - len(bounds), member.engine.session()
@@ -108,7 +108,7 @@ def observed_states(
         for passage, (ids, bounds) in zip(passages, encoded, strict=True)
     ]
     lengths = dict.fromkeys(("ids", "logprobs"), sum(map(len, following)))
-    known = cache.cached(what, member.engine, model, _key(passages, encoded), read, lengths)
+    known = cache.cached(what, member.engine, model, _key(passages, encoded), compute, lengths)
     return ObservedStates(member.name, **known, following=np.concatenate(following).astype(np.int64))
 
 
@@ -165,7 +165,7 @@ def _logprobs(
 
 
 def _batches(encoded: Sequence[EncodedPassage], lengths: Sequence[int]) -> Iterator[list[list[int]]]:
-    """Yield groups of passages, those of a group behind one prompt; several together where all of them are short."""
+    """Yield groups of passages, those of a group after one prompt; several together where all of them are short."""
     prompts = [
         ids[:length].tobytes() if length >= _SHORTEST_PROMPT else number
         for number, ((ids, _), length) in enumerate(zip(encoded, lengths, strict=True))

@@ -200,7 +200,7 @@ def summed_usage(completions: Sequence[Completion], n: int) -> dict[str, Any]:
         "mixlm": {
             "members": members,
             "drafted": (drafted := sum(completion.usage.drafted for completion in completions)),
-            "checked": drafted,
+            "checked": drafted,  # the older name of drafted
             "accepted": sum(completion.usage.accepted for completion in completions),
         },
     }

@@ -1,8 +1,8 @@
 """Products of powers, `C(u) ∝ Π_i q_i(u)^{e_i}`: `geometric`, `proxy` and `guidance`; `contrastive` is one, too.
 
-Envelope: 0, since a missing member can give any symbol nothing, which makes a product 0, or as little of what is
-divided by as one likes; but where the members that ran have one symbol left in common, that is certain, and where one
-member alone counts, C is its distribution. Cost: drafts and their verification. Temperature and truncation apply to C.
+Envelope: 0 in general, because a member that has not run may give any symbol probability 0, or make a divisor
+arbitrarily small. Two exceptions: if the members that ran leave one common symbol, it is certain; if only one member
+counts, C is its distribution. Cost: drafts and their verification. Temperature and truncation apply to C.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from mixlm.types import Candidates, Floats
 class LogLinear(Combination):
     """A product of powers.
 
-    A symbol to which a member with a positive exponent gives no probability has none, whatever the others say.
+    A symbol to which a member with a positive exponent gives probability 0 has probability 0, unless a rule overrides
+    it (`Proxy`).
     """
 
     common_options: ClassVar[bool] = True
@@ -40,7 +41,7 @@ class LogLinear(Combination):
 
     @property
     def is_product(self) -> bool:  # type: ignore[override]
-        """Not where it is the distribution of one of the roles."""
+        """Whether it is a product: not where one role alone counts."""
         return self._only is None
 
     @property
@@ -119,7 +120,7 @@ class Geometric(LogLinear):
 
     @property
     def takes_reports(self) -> bool:  # type: ignore[override]
-        """Below 1, many unreported symbols may have any part of the mass."""
+        """Whether reports suffice: for strength ≥ 1. Below 1, unreported symbols may hold any share of the mass."""
         return self.strength >= 1
 
     def exponents(self, weights: Floats) -> Floats:
@@ -168,7 +169,10 @@ class Proxy(LogLinear):
         return np.array([1.0, self.strength, -self.strength])
 
     def needed(self, weights: Floats) -> npt.NDArray[np.bool_]:
-        """Return the base alone: the tuned model may have nothing, too."""
+        """Return the base alone.
+
+        A tuned probability of 0 does not rule a symbol out if the untuned model's is 0 too.
+        """
         return np.array([True, False, False])
 
     def log_scores(self, rows: Sequence[Floats], weights: Floats) -> Floats:

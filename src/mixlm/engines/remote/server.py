@@ -62,7 +62,7 @@ class TopTokens(NamedTuple):
 class ModelServer(ABC):
     """A model on a server. `probing.probe` makes one, and finds out what it can do.
 
-    name: of the server's kind, for reports. path: where requests are sent. may_be_limited: whether such a server may be
+    name: of the server's kind, for display. path: where requests are sent. may_be_limited: whether such a server may be
     set to return fewer of the most likely tokens than there are. missing: what `find_missing` found. sessions:
     connections to mixlm's session route, None where the server has none. max_logprobs: how many of the most likely
     tokens it returned when asked for as many as are wanted, or for the most that it returns. limit: the most that it
@@ -195,7 +195,7 @@ class ModelServer(ABC):
             return await self.top_tokens(ids.tolist(), count, slot, among, normalized=normalized)
 
     def without_padding(self, candidates: Candidates) -> Candidates:
-        """Return candidates without the padding rows behind the last token."""
+        """Return candidates without the padding rows after the last token."""
         is_token = candidates.ids < len(self.tokenizer.tokens)
         return Candidates(candidates.ids[is_token], candidates.logprobs[is_token])
 
@@ -236,8 +236,8 @@ class ModelServer(ABC):
         """Check the model if this task made a connection since the last check: another server may have accepted it.
 
         A text is never continued by another model under the same name: where a task ended without a check of its
-        connections, the next one checks. Many connections are made at once when sequences start together: a check that
-        starts from now on counts for all that wait for one by then.
+        connections, the next one checks. Many connections are made at once when sequences start together: one check
+        counts for all that were made before it starts.
 
         Raises:
             EngineError: the server has another model, or does not answer.

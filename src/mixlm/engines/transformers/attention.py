@@ -118,7 +118,7 @@ class Lengths(NamedTuple):
 
 
 class VarlenKernel(NamedTuple):
-    """A kernel and its name, for reports.
+    """A kernel and its name, for display.
 
     attend: takes queries, keys and values of all sequences, (tokens, heads, head dimension), and returns what the
         queries attend to in that form. The last query of a sequence attends to all of its keys, the one before it to
@@ -165,7 +165,7 @@ def _flash_attn(
 
 
 def _window(form: AttentionForm) -> tuple[int, int]:
-    """Return how many keys before and behind its own a query attends to, -1 for all before it."""
+    """Return how many keys before and after its own a query attends to, -1 for all before it."""
     return (-1 if form.window is None else form.window - 1), 0
 
 

@@ -31,7 +31,7 @@ from mixlm.engines.transformers.self_test import max_length
 class HFEngine(Engine):
     """A causal language model of transformers.
 
-    runner: the model with the engine's adapter, if any. details: for reports, beside what every model has and what the
+    runner: the model with the engine's adapter, if any. details: for display, beside what every model has and what the
     runner adds. tokenizer: what `with_spec` makes other prompts of; without one it returns None.
     """
 
@@ -117,7 +117,7 @@ class HFEngine(Engine):
         length = context_length(runner.model)
         if (longest := max_length(runner.model.config)) < length:
             length = longest
-            notes.append(f"{spec.name} takes {length} tokens: behind them its attention selects some of the text")
+            notes.append(f"{spec.name} takes {length} tokens: beyond them its attention selects some of the text")
         text = tokenizer.text_interface(spec, vocabulary_size(runner.model), notes=notes)
         stored = quantization(runner.model, spec)
         details = {} if stored is None else {"quantization": stored}

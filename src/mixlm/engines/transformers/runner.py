@@ -1,6 +1,6 @@
 """The sequences of a transformers model, and its forward passes: of one sequence or of many at once.
 
-Each sequence has a KV cache of its own, and each pass runs what its sequences lack behind them.
+Each sequence has a KV cache of its own, and each pass runs the tokens that these lack.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ if TYPE_CHECKING:
 # Of one forward pass. A longer prompt is prefilled in chunks, so that the attention scores of all its positions never
 # lie in memory at once; and no more tokens of all sequences together are run in one pass.
 MAX_BATCH_TOKENS = 1024
-# Of one pass of a prefill behind a recurrent state: so many tokens lie between texts that others may begin with.
+# Of one pass of a prefill from a recurrent state: so many tokens lie between texts that others may begin with.
 _SNAPSHOT_TOKENS = 256
 # After a pass of several sequences, so many passes of one do not run ahead: other sequences would wait for that.
 RUN_AHEAD_COOLDOWN = 16
-# Where a pass behind a state has one token, so many of them take about as long as one pass with so many tokens each.
-_STEPS = 16
-_SLOTS = 16  # KV buffers that lie side by side on a CPU
+# On `ForwardPath.STEPS`, up to this many missing tokens, or 1/_MAX_STEPS of the text if that is more, are run one by
+# one; for more, one pass over the whole text is faster.
+_MAX_STEPS = 16
+_BUFFERS_PER_SLAB = 16  # KV buffers that lie side by side on a CPU
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 class ForwardPath(StrEnum):
     """How forward passes of a model run; the first one that is right is chosen when it is loaded, see `load_trial`.
 
-    PACKED: several sequences at once, attention over KV buffers in place. CROPPED: one sequence behind transformers'
-    cache, which is cropped to roll back. SNAPSHOTS: the same behind a recurrent state, which is restored from a
-    snapshot. STEPS: as SNAPSHOTS, with one token in a pass behind a state. WHOLE: the whole text in every pass.
+    PACKED: several sequences at once, attention over KV buffers in place. CROPPED: one sequence with transformers'
+    cache, which is cropped to roll back. SNAPSHOTS: the same with a recurrent state, which is restored from a
+    snapshot. STEPS: as SNAPSHOTS, with one token in a pass from a state. WHOLE: the whole text in every pass.
     """
 
     PACKED = "several sequences"
@@ -170,7 +171,7 @@ class HFSession(Session):
         return np.concatenate(rows)
 
     def truncate(self, length: int) -> int:
-        """Cut the KV cache to its first `length` tokens."""
+        """Cut the KV cache to its first `length` tokens, or to the last snapshot before. Returns how many it kept."""
         self.drop_run_ahead()
         if length == 0:
             self.cache = self._runner.new_cache()
@@ -178,7 +179,7 @@ class HFSession(Session):
         return int(self.cache.truncate(length))
 
     def forward(self, ids: Ids, last: int) -> Logits:
-        """Run `ids` behind the KV cache."""
+        """Run `ids` after the cached ones."""
         [logits] = self._runner.run([SequenceInput(self, ids, last)])
         return cast("Logits", logits)  # as without a filter
 
@@ -191,10 +192,10 @@ class HFSession(Session):
 class ModelRunner:
     """Runs the forward passes of a loaded model with one adapter, or with none; `load_trial` makes it.
 
-    keeps_cache: whether passes run behind a cache; else each runs the whole text. batches: whether several sequences
+    keeps_cache: whether passes run with a cache; else each runs the whole text. batches: whether several sequences
     run at once. chunks: whether a long text may be run in several passes. cache_name: of transformers' cache in the
     arguments and results of the model's forward, empty where it takes none. selects_positions: whether it can be told
-    of which positions it returns the logits. path_details: for reports, where passes do not run as most models' do.
+    of which positions it returns the logits. path_details: for display, where passes do not run as most models' do.
 
     kernel: attends to several sequences in one call, where there is one. adapter: what is applied to the model. graphs:
     passes in fixed shapes, where they are used. sampler: samples on the device, where sequences run ahead;
@@ -223,7 +224,7 @@ class ModelRunner:
         self.cache_name = next((name for name in _CACHE_NAMES if name in self._parameters), "")
         self.selects_positions = "logits_to_keep" in self._parameters
         on_cpu = {parameter.device.type for parameter in self.model.parameters()} == {"cpu"}
-        self._pool = KVBufferPool(slots=_SLOTS if on_cpu else 1)
+        self._pool = KVBufferPool(slots=_BUFFERS_PER_SLAB if on_cpu else 1)
         if self.model.device.type == "cuda":
             from mixlm.engines.transformers.device_topk import DeviceTopK
 
@@ -231,7 +232,7 @@ class ModelRunner:
 
     @property
     def details(self) -> dict[str, str]:
-        """How it runs forward passes, for reports, where that is not as most models do."""
+        """How it runs forward passes, for display, where that is not as most models do."""
         details = dict(self.path_details)
         if self.prefixes is not None:
             details["prefix cache"] = f"up to {self.prefixes.max_bytes / (1 << 20):.4g} MiB"
@@ -254,7 +255,7 @@ class ModelRunner:
 
     def least_cached(self, length: int) -> int:
         """Return how many tokens of a text the cache must hold: with fewer, one pass over the whole takes less time."""
-        return length - max(_STEPS, length // _STEPS) if self.path is ForwardPath.STEPS else 0
+        return length - max(_MAX_STEPS, length // _MAX_STEPS) if self.path is ForwardPath.STEPS else 0
 
     def regime(self, length: int) -> Hashable:
         """Return what is equal for lengths of texts that the model counts positions of alike."""
@@ -385,7 +386,7 @@ class ModelRunner:
                 use_cache=False,
                 attention_batch=batch,
             )
-            batch.commit()  # what a failed pass wrote lies behind the KV caches' lengths
+            batch.commit()  # what a failed pass wrote lies beyond the KV caches' lengths
             return result.logits[0]
 
         logits: torch.Tensor = self._with_room(run)

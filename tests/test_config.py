@@ -189,7 +189,11 @@ def test_what_is_parsed_names_its_source():
         ('[[members]]\nmodel = "toy:1"\nsampling = 5', "sampling is 5: it must be a table", "write [members.sampling]"),
         ('[[members]]\nmodel = "toy:1"\nweight = -1', "members.0.weight is -1", None),
         ('[[members]]\nmodel = "toy:1"\nweight = nan', "members.0.weight is nan", None),
-        ('[router]\nsharpness = 4\n[[members]]\nmodel = "toy:1"', "sharpness is of the router by prompt", None),
+        (
+            '[router]\nsharpness = 4\n[[members]]\nmodel = "toy:1"',
+            "sharpness applies only to the router of kind",
+            None,
+        ),
         ("[[members]]\nmodel = toy:1", "is not valid TOML: Invalid value (at line 2", 'texts stand in "quotes"'),
         ('[[members]]\nmodel = "toy:1"\ntemplate = """\n{% if %}"""', "template of member toy:1, line 1: ", "Jinja"),
     ],

@@ -39,8 +39,8 @@ from mixlm.choices import (
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.types import Sampling
 
-_BARE = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false")  # a number, and what is true or not
-# Options that are no keys of a file.
+_BARE = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false")  # a number or a boolean, as TOML writes it without quotes
+# Per-call options that users often write into a file.
 _OF_GENERATIONS = ("max_tokens", "min_tokens", "stop", "seed", "draft", "block")
 _NO_MODEL = "an ensemble file is text in TOML; a model is named with -m"
 _UTF8 = "save it as UTF-8"
@@ -77,8 +77,8 @@ class MemberConfig(_Strict):
 
     Attributes:
         model: A name, a folder, a GGUF file or a hub id.
-        engine: What runs the model: a name that `mixlm.engines.registry` knows; "auto" is llama.cpp for a GGUF file
-            where that is enough.
+        engine: What runs the model: a name that `mixlm.engines.registry` knows; "auto" is chosen by
+            `mixlm.loading.choose_engine`.
         template: A Jinja chat template.
         template_file: A file with one.
         system: A system message in front of every conversation of this member.
@@ -139,7 +139,7 @@ class RouterConfig(_Strict):
     @model_validator(mode="after")
     def _check_kind(self) -> RouterConfig:
         if self.sharpness is not None and self.kind != "prompt":
-            raise ValueError(f"sharpness is of the router by prompt, and kind is {self.kind!r}")
+            raise ValueError(f"sharpness applies only to the router of kind 'prompt', and kind is {self.kind!r}")
         if (self.kind == "learned") != (self.file is not None):
             raise ValueError("a learned router has a file, and no other kind has one")
         return self

@@ -61,11 +61,14 @@ class Session(ABC):
 
     @abstractmethod
     def forward(self, ids: Ids, last: int) -> Logits:
-        """Run `ids` behind the KV cache and return the logits of the last `last` positions: float32 (last, vocab)."""
+        """Run `ids` after the cached ones and return the logits of the last `last` positions: float32 (last, vocab)."""
 
     @abstractmethod
     def truncate(self, length: int) -> int:
-        """Cut the KV cache to its first `length` tokens. Returns how many it kept: `length`, or 0 if it cannot."""
+        """Cut the KV cache to its first `length` tokens, or fewer if it can only return to an earlier point.
+
+        Returns how many it kept: 0 to `length`.
+        """
 
     def logits(self, ids: Ids, last: int = 1) -> Logits:
         """Return the logits after each of the last `last` prefixes of `ids`: float32 (last, vocab).
@@ -283,8 +286,8 @@ class Engine(ABC):
     """A loaded model with its tokenizer. A backend implements `session`, and `respond` where it can batch.
 
     stops: strings that end a response by the model's chat template. notes: what a user should know about this model.
-    details: dtype, device and the like, for reports. tokenizer_info: the tokenizer's family, normaliser and
-    leading-space rule and the source of the chat template, for reports. weights_bytes: memory of the weights. device:
+    details: dtype, device and the like, for display. tokenizer_info: the tokenizer's family, normaliser and
+    leading-space rule and the source of the chat template, for display. weights_bytes: memory of the weights. device:
     what it runs on; engines on equal devices are served in turn. top_k_limit: how many of its top tokens it returns
     unless more are requested, None for all; the logits of such an engine are -inf for the others, and right up to a
     constant for these. max_top_k: how many it returns at most where a `TopKFilter` wants more, None for no limit.
@@ -316,7 +319,7 @@ class Engine(ABC):
 
     @property
     def backend(self) -> str:
-        """What runs the model, such as "transformers" or "llama.cpp", for reports."""
+        """What runs the model, such as "transformers" or "llama.cpp", for display."""
         return self.details.get("engine", type(self).__name__)
 
     @property
@@ -341,7 +344,7 @@ class Engine(ABC):
 
     @property
     def run_ahead_depth(self) -> int:
-        """How many positions behind the requested one it runs ahead (`SampleRequest.run_ahead`); 0 for none."""
+        """How many positions after the requested one it runs ahead (`SampleRequest.run_ahead`); 0 for none."""
         return 0
 
     @property

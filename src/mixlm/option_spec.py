@@ -1,8 +1,9 @@
 """What an option is: how it is checked, and how the command line and the HTTP API present it.
 
-The options of a generation are the fields of `Sampling` and `GenerationOptions`. Each field has an `OptionSpec`. The
-checks, the options of the command line (`panel`), the HTTP fields (`http`) and the sampling keys of the ensemble file
-are built from them; further keys of the file are fields of `mixlm.config`.
+The options of a generation are the fields of `Sampling` and `GenerationOptions` that have an `OptionSpec`. The checks,
+the options of the command line (`panel`), the `mixlm` object of the HTTP API (`http="mixlm"`) and the sampling keys of
+the ensemble file are built from them. Fields of OpenAI's API and further keys of the file are written by hand
+(`server/request_schemas`, `config`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class OptionSpec:
         panel: Heading under which `--help` lists it; None if commands do not share it.
         metavar: Its value in `--help`; None for a flag.
         default_text: Its default in words, where that is not a value.
-        http: Where the HTTP API has it: a field of OpenAI's, or one of `mixlm`.
+        http: Where the HTTP API has it: "mixlm" makes it a field of `mixlm`; "openai" says that OpenAI's has it.
         choices: The values it may have, if it is a name.
         whole: Whether it is an integer.
         minimum: Least value.

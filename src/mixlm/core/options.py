@@ -97,8 +97,9 @@ class Options(TypedDict, total=False):
 class GenerationOptions:
     """The checked options of one generation.
 
-    With `Sampling`, these fields are the table of options: the command line, the ensemble file, the HTTP API and the
-    keywords of `Ensemble.generate` are built from them.
+    With `Sampling`, these fields are the table of options. The checks, the options of the command line, the `mixlm`
+    object of the HTTP API and `[sampling]` in ensemble files are built from it. `Options`, the HTTP fields of OpenAI's
+    API and the other keys of ensemble files are written by hand.
 
     Attributes:
         method: The decoding method.
@@ -132,7 +133,7 @@ class GenerationOptions:
         tool_choice: "auto" for text or calls, "required" for calls, "none" for text, or the one function to call.
         parallel_tool_calls: Whether a completion may have several calls.
         chat_template_kwargs: Further variables of the members' chat templates; each gets those that it names.
-        add_generation_prompt: Whether the prompt ends where a response begins, and not behind the last message.
+        add_generation_prompt: Whether the prompt ends where a response begins, and not after the last message.
         continue_final_message: Continue the last message, which is left open.
         min_tokens: Symbols before end-of-text or a stop string may end the completion.
         score_prompt: Also return the log-probabilities of a raw prompt, under the untransformed members and the rule;

@@ -4,7 +4,8 @@ The coins of the next positions are tossed first. A draft proposes a symbol for 
 the positions whose coin is its own, and only those, in the one forward in which it catches up anyway. The noise of a
 position is a function of the position, so "accept with min(1, p/q), else sample from the residual" (Leviathan et al.,
 2023; Chen et al., 2023) becomes: sample from the member's own distribution with the same noise, and accept where that
-gives the same symbol. The text is exactly what `mixture` writes with this noise, whatever the draft proposed.
+gives the same symbol. The text is exactly what `mixture` writes with this noise, whatever the draft proposed. (Where a
+member's engine samples for `mixture`, with random numbers of its own, the distribution is the same, not the text.)
 
 A block ends just before a position of another member: the forward that verifies the block yields that symbol too.
 """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mixlm.core.options import GenerationOptions
+from mixlm.core.options import OPTIONS, GenerationOptions
 from mixlm.decoding import check_unit_method
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
@@ -16,12 +16,12 @@ from mixlm.server.chat_schemas import ChatBody
 from mixlm.server.json_encoding import to_json
 from mixlm.server.limits import ServerLimits
 from mixlm.server.model_registry import ServedModel
-from mixlm.server.request_schemas import EXTRA_OPTIONS, SHARED_OPTIONS, CommonFields, CompletionBody, Extras
+from mixlm.server.request_schemas import EXTRA_OPTIONS, CommonFields, CompletionBody, Extras
 from mixlm.tokenization.tool_calls import tool_dict
 
-# Fields that are options of `Ensemble.generate` under the same name.
-_OPTIONS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "max_tokens", "min_tokens", "stop")
-_EXTRA_OPTIONS = tuple(name for name in EXTRA_OPTIONS if name not in ("method", "logit_bias"))  # treated below
+# Fields that are options of `Ensemble.generate` under the same name; method and logit_bias are treated below.
+_OPTIONS = tuple(name for name in CommonFields.model_fields if name in OPTIONS and name != "logit_bias")
+_EXTRA_OPTIONS = tuple(name for name in EXTRA_OPTIONS if name not in ("method", "logit_bias"))
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class ParsedRequest:
     """A checked request: `n` completions of each prompt, numbered prompt by prompt.
 
     Attributes:
-        ensemble: The model's, in the unit and with the weights of the request.
-        settings: Of all completions.
+        ensemble: The model's ensemble, in the unit and with the weights of the request.
+        settings: The options of every completion.
         include_usage: Whether a stream ends with the usage.
         logprobs: Whether tokens are returned with their log-probabilities.
         echo: Whether the prompts are repeated in front of the completions.
@@ -161,7 +161,7 @@ def _text(body: CompletionBody, limits: ServerLimits) -> tuple[Sequence[Prompt],
 
 def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: dict[str, Any]) -> dict[str, Any]:
     """Add to options those of every request; `Ensemble.settings` lays them over the ensemble's defaults."""
-    for source, names in ((body, (*_OPTIONS, *SHARED_OPTIONS)), (extras, _EXTRA_OPTIONS)):
+    for source, names in ((body, _OPTIONS), (extras, _EXTRA_OPTIONS)):
         options |= {name: value for name in names if (value := getattr(source, name)) is not None}
     if "stop" in options:  # an empty text ends nothing
         options["stop"] = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop or ()) if text]

@@ -13,7 +13,11 @@ from mixlm.core.combinations.defer import Defer
 from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions, Options
 from mixlm.core.rule_options import rule_as_dict
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.server.request_schemas import CommonFields, Extras
+from mixlm.loading import load
+from mixlm.server.limits import ServerLimits
+from mixlm.server.model_registry import ServedModel
+from mixlm.server.request_parsing import parse_request
+from mixlm.server.request_schemas import CommonFields, CompletionBody, Extras
 from mixlm.types import Sampling
 
 
@@ -217,6 +221,15 @@ def test_the_http_api_has_the_options_of_the_table():
     by_api = {api: {name for name, spec in OPTIONS.items() if spec.http == api} for api in ("openai", "mixlm")}
     assert by_api["mixlm"] <= Extras.model_fields.keys()
     assert by_api["openai"] <= CommonFields.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() & CommonFields.model_fields.keys()))
+def test_a_field_of_requests_with_the_name_of_an_option_is_that_option(name):
+    value = {"stop": ["x"], "logit_bias": {"a": 1.0}}.get(name, 1)
+    body = CompletionBody(prompt="", **{name: value})
+    settings = parse_request(body, ServedModel("toys", load("toy:1", "toy:2")), ServerLimits()).settings
+    given = settings.sampling[name] if name in SAMPLING_OPTIONS else getattr(settings, name)
+    assert given == (tuple(value) if name == "stop" else value)
 
 
 def test_the_old_name_of_an_option_still_works():

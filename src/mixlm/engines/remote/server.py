@@ -311,7 +311,8 @@ async def probe_sampling(
     try:
         texts = [await sample(seed, none) for seed in (1, 1, 2, 3)]
         if (repeats and texts[0] != texts[1]) or all(text == texts[0] for text in texts):
-            return f"{'equal seeds must sample equal tokens there, and ' * repeats}other seeds must sample other tokens"
+            also = "equal seeds must sample equal tokens there, and " if repeats else ""
+            return f"{also}other seeds must sample other tokens"
         if not all(abs(total - 1) <= 0.01 for total in await top_two()):
             return f"it returns other log-probabilities than it samples with{hint}"
         likely = np.unique([text[0] for text in texts])

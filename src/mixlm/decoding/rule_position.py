@@ -69,13 +69,11 @@ class RulePosition(Position):
     def advance(self) -> None:
         """Look at one stage after another, as far as its members have run."""
         while self.choice is None and all(self.members[row] in self.parts for row in self.stages[self._stage]):
-            self._stage += 1
-            rows = [row for stage in self.stages[: self._stage] for row in stage]
-            for member in (self.members[row] for row in rows):
-                if (
-                    report := self.reports.get(member)
-                ) is None or report.is_whole:  # a report may have grown too little
+            for row in self.stages[self._stage]:
+                member, report = self.members[row], self.reports.get(self.members[row])
+                if report is None or report.is_whole:  # others may grow, and run again
                     self.step.views[member].check_possible(self.parts[member])
+            self._stage += 1
             if self._stage == len(self.stages):
                 if all(report.is_whole for report in self.reports.values()):
                     self._choose([self.parts[member] for member in self.members])
@@ -84,7 +82,7 @@ class RulePosition(Position):
                 else:
                     self._request_more()
             elif self._decided is None:
-                self._decided = self.decide(rows)
+                self._decided = self.decide([row for stage in self.stages[: self._stage] for row in stage])
                 if self._decided is not None and not self._complete:
                     self._take(self._decided)
 
